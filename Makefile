@@ -1,0 +1,89 @@
+# make demo    the whole path on a simulated cohort; COHORT=FOLDER runs it on your own tables
+# make test    the tests (make test-slow: those marked slow)
+# make lint    ruff and mypy
+# PYTHON=      the interpreter that creates .venv when there is none
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+COHORT ?=
+SEED ?= 0
+SUBJECTS ?= 1200
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CLI := $(BIN)/cortexicon
+
+# A simulated cohort is written into the run; a real one stays where it is.
+ifeq ($(strip $(COHORT)),)
+DATA := $(RUN)/cohort
+CONFIGS := demo
+SCHEME := holdout
+else
+DATA := $(COHORT)
+CONFIGS := abide
+SCHEME := hash
+endif
+
+# Two busy threads per process on two cores make everything slower, not faster.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: demo test test-slow lint format clean install
+.DEFAULT_GOAL := help
+.PHONY: help
+help:
+	@sed -n '1,4p' Makefile | sed 's/^# //'
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing cortexicon and its tested dependencies into $(VENV) (one to three minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-e '.[dev,all]' -c constraints.txt
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	@mkdir -p $(RUN)
+ifeq ($(strip $(COHORT)),)
+	$(CLI) simulate --out $(DATA) --num-subjects $(SUBJECTS) --seed $(SEED)
+endif
+	$(CLI) split $(DATA) --out $(RUN)/split.json --scheme $(SCHEME) --seed $(SEED)
+	$(CLI) train text training/configs/$(CONFIGS)_text.yaml --set output_dir=$(RUN)/text
+	$(CLI) train avq training/configs/$(CONFIGS)_avq.yaml \
+		--set cohort=$(DATA) split=$(RUN)/split.json output_dir=$(RUN)/avq
+	$(CLI) train lm training/configs/$(CONFIGS)_lm.yaml \
+		--set cohort=$(DATA) split=$(RUN)/split.json \
+		text_model=$(RUN)/text avq_model=$(RUN)/avq output_dir=$(RUN)/lm
+	$(CLI) evaluate $(RUN)/lm $(DATA) --split $(RUN)/split.json --baselines \
+		--json $(RUN)/evaluation.json
+	$(CLI) report $(RUN)
+	@echo "report   $(RUN)/report.html"
+	@echo "results  $(RUN)/results.json"
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# mypy reads the installed package: the rooms have their real names only there.
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@rm -rf $(VENV)/typecheck
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		--target $(VENV)/typecheck .
+	cd $(VENV)/typecheck && MYPYPATH=. ../bin/python -m mypy \
+		--config-file $(CURDIR)/pyproject.toml -p cortexicon
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -type d -prune -exec rm -rf {} +
