@@ -1,0 +1,40 @@
+"""A checkpoint and a cohort in, files out."""
+
+from .checkpoints import Checkpoint, load_checkpoint
+from .codes_file import (
+    CodesFile,
+    CodesInfo,
+    check_codebook,
+    describe_codes,
+    read_codes,
+    write_codes,
+)
+from .decode import decode_codes
+from .encode import (
+    ScanCodes,
+    ScanReconstruction,
+    SkippedScan,
+    decode_windows,
+    encode_cohort,
+    reconstruct_cohort,
+)
+from .errors import InferenceError
+
+__all__ = [
+    "Checkpoint",
+    "CodesFile",
+    "CodesInfo",
+    "InferenceError",
+    "ScanCodes",
+    "ScanReconstruction",
+    "SkippedScan",
+    "check_codebook",
+    "decode_codes",
+    "decode_windows",
+    "describe_codes",
+    "encode_cohort",
+    "load_checkpoint",
+    "read_codes",
+    "reconstruct_cohort",
+    "write_codes",
+]
