@@ -29,8 +29,8 @@ def decode_codes(
     codes_path : path
         Written by `write_codes` (`cortexicon encode`).
     out_folder : path
-        Receives a prepared cohort: series float32 (time, regions) in z-score units, one sample every
-        `sampling_interval` seconds. The folder appears complete or not at all.
+        Receives a prepared cohort: series float32 (time, regions) in z-score units, one sample
+        every `sampling_interval` seconds. The folder appears complete or not at all.
     batch_size : int
         Windows per forward pass.
     progress : bool

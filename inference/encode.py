@@ -199,7 +199,7 @@ def _scan_groups(
     skipped: list[SkippedScan] | None,
     progress: bool,
 ) -> Iterator[list[_Prepared]]:
-    """Groups of prepared scans that together hold at least `batch_size` windows (the last may not)."""
+    """Groups of prepared scans with at least `batch_size` windows each, but for the last."""
     if batch_size < 1:
         raise InferenceError(f"expected batch_size of at least 1, found {batch_size}.")
     chosen = cohort if subject_ids is None else cohort.subset(subject_ids)
