@@ -1,0 +1,24 @@
+"""From what a neuroimager has on disk to a `datasets.Dataset`: series, cohorts, splits."""
+
+from .build import Cohort, build_cohort, cohort_from_series
+from .readers import load_cohort, read_participants, read_regions, read_series
+from .series import CohortError, ParcelSeries, SeriesHealth
+from .splits import Split, load_split, make_split
+from .storage import save_cohort
+
+__all__ = [
+    "Cohort",
+    "CohortError",
+    "ParcelSeries",
+    "SeriesHealth",
+    "Split",
+    "build_cohort",
+    "cohort_from_series",
+    "load_cohort",
+    "load_split",
+    "make_split",
+    "read_participants",
+    "read_regions",
+    "read_series",
+    "save_cohort",
+]
