@@ -323,7 +323,7 @@ def _info(arguments: argparse.Namespace) -> None:
     facts = {
         "model": f"{checkpoint.model_type}, {checkpoint.model.num_parameters():,} parameters",
         "atlas": f"{config.atlas or 'not stored'}, {regions} regions",
-        "sampling": f"every {config.sampling_interval} s, windows of {config.window_length} samples",
+        "sampling": f"every {config.sampling_interval} s, {config.window_length} samples a window",
         "tokens": f"{config.tokens_per_window} per window ({config.token_layout} layout)",
         "codebook": f"{config.num_codes} codes, fingerprint {codec.codebook_fingerprint()[:12]}",
         "vocabulary": f"{len(checkpoint.processor.tokenizer)} ids",
