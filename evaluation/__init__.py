@@ -1,0 +1,57 @@
+"""What the numbers are: scores predictions and reconstructions; trains nothing but baselines.
+
+Names are imported on first use: scikit-learn and Matplotlib load only where they are needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .baselines import run_baselines
+    from .clinical import score_clinical
+    from .errors import EvaluationError
+    from .json_files import write_json
+    from .patch_kmeans import tokenizer_baseline
+    from .predictions import read_predictions, write_predictions
+    from .rate_distortion import gaussian_reference
+    from .reconstruction import ReconstructionScores, evaluate_reconstruction
+    from .report import write_report
+    from .results import collect_results
+
+_HOME = {
+    "EvaluationError": "errors",
+    "ReconstructionScores": "reconstruction",
+    "collect_results": "results",
+    "evaluate_reconstruction": "reconstruction",
+    "gaussian_reference": "rate_distortion",
+    "read_predictions": "predictions",
+    "run_baselines": "baselines",
+    "score_clinical": "clinical",
+    "tokenizer_baseline": "patch_kmeans",
+    "write_json": "json_files",
+    "write_predictions": "predictions",
+    "write_report": "report",
+}
+
+__all__ = [
+    "EvaluationError",
+    "ReconstructionScores",
+    "collect_results",
+    "evaluate_reconstruction",
+    "gaussian_reference",
+    "read_predictions",
+    "run_baselines",
+    "score_clinical",
+    "tokenizer_baseline",
+    "write_json",
+    "write_predictions",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

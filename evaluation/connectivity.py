@@ -1,0 +1,54 @@
+"""Connectivity features of a cohort, for the classical baselines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .scores import fisher_z, valid_regions
+
+if TYPE_CHECKING:
+    from cortexicon.cohorts import Cohort
+
+
+def connectivity_features(cohort: Cohort, subject_ids: list[str]) -> np.ndarray:
+    """Fisher-z correlation of the z-scored series at the scan's own TR, over the whole scan.
+
+    Returns
+    -------
+    float32 array, (subjects, pairs)
+        NaN where a region of the pair has no signal in that scan.
+    """
+    rows = []
+    for subject_id in subject_ids:
+        values = np.asarray(cohort.series(subject_id).values, np.float64)
+        broken = ~np.isfinite(values).all(axis=0)
+        values[:, broken] = 0.0  # a column of NaN is a region without a signal
+        rows.append(fisher_z(values, valid_regions(values)))
+    return np.stack(rows)
+
+
+def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """Centre and scale all parts by the training part's mean and SD of each feature.
+
+    A missing value becomes 0, the training mean; so does a feature that training does not know.
+
+    Parameters
+    ----------
+    train : float32, (subjects, features)
+    others : float32, (subjects, features)
+
+    Returns
+    -------
+    list of float32 arrays, training first
+    """
+    known = np.isfinite(train)
+    count = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, train, 0.0).sum(axis=0) / count
+    spread = np.sqrt((np.where(known, train - mean, 0.0) ** 2).sum(axis=0) / count)
+    scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-8)
+    return [
+        np.nan_to_num((part - mean) * scale, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
+        for part in (train, *others)
+    ]

@@ -1,0 +1,51 @@
+"""MAE, Pearson r and R2 over subjects, each with a bootstrap interval."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from cortexicon.evaluation.scores import (
+    bootstrap_interval,
+    mean_absolute_error,
+    pearson,
+    prediction_r2,
+)
+
+DESCRIPTION = """
+predictions, references: one number per subject. compute(num_resamples=, seed=) sets the
+bootstrap of the 95 % intervals, which draws subjects with replacement."""
+
+
+class RegressionBySubject(evaluate.Metric):
+    """MAE, Pearson r and R2 over subjects, each with a bootstrap interval."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("float64"),
+                    "references": datasets.Value("float64"),
+                }
+            ),
+        )
+
+    def _compute(
+        self, predictions: list, references: list, num_resamples: int = 1000, seed: int = 0
+    ) -> dict[str, Any]:
+        """`mae`, `r`, `r2`, and each with `_interval`."""
+        y, y_hat = np.asarray(references, float), np.asarray(predictions, float)
+        found: dict[str, Any] = {}
+        for name, formula in (("mae", mean_absolute_error), ("r", pearson), ("r2", prediction_r2)):
+            found[name] = formula(y, y_hat)
+            found[f"{name}_interval"] = bootstrap_interval(
+                lambda rows, formula=formula: formula(y[rows], y_hat[rows]),
+                len(y),
+                num_resamples,
+                seed,
+            )
+        return found
