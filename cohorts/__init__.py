@@ -3,6 +3,7 @@
 from .build import Cohort, build_cohort, cohort_from_series
 from .readers import load_cohort, read_participants, read_regions, read_series
 from .series import CohortError, ParcelSeries, SeriesHealth
+from .simulate import simulate_cohort
 from .splits import Split, load_split, make_split
 from .storage import save_cohort
 
@@ -21,4 +22,5 @@ __all__ = [
     "read_regions",
     "read_series",
     "save_cohort",
+    "simulate_cohort",
 ]
