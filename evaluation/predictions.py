@@ -1,9 +1,10 @@
 """Files of predictions: the one format every system, ours or not, is scored from.
 
 CSV with a header: `subject_id,y,y_hat,system,target,fold,part`, one row per subject and fold;
-`part` is validation, test or test_sites. For classes y and y_hat are labels, and the column
-`score` is higher the more likely the class that sorts last. A column `site` is optional; one file
-that has it serves all (the per-site table needs it). An empty y_hat is an invalid answer.
+`part` is validation, test, test_sites, or all (predicted without a split). For classes y and y_hat
+are labels, and the column `score` is higher the more likely the class that sorts last. A column
+`site` is optional; one file that has it serves all (the per-site table needs it). An empty y_hat
+is an invalid answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pandas as pd
 from .errors import EvaluationError
 
 COLUMNS = ["subject_id", "y", "y_hat", "system", "target", "fold", "part"]
-PARTS = ("validation", "test", "test_sites")
+PARTS = ("validation", "test", "test_sites", "all")
 
 
 def write_predictions(

@@ -267,11 +267,11 @@ class ReconstructionScores:
         Notes
         -----
         The file holds `subject_ids` (scans,), `raw_i` and `reconstruction_i` (time, regions)
-        float16 and `codes_i` (windows, tokens) for scan i, `region_mask` (scans, regions), `labels`,
-        `networks`, `hemispheres` (regions,), `coordinates` (regions, 3), `raw_connectivity` and
-        `decoded_connectivity` (pairs,) averaged over all held-out scans, `r2_per_region`
-        (regions,), `code_counts` (K,), `frequencies` in Hz with `raw_power` and `decoded_power`
-        (frequencies,), and `seconds_per_sample`.
+        float16 and `codes_i` (windows, tokens) for scan i, `region_mask` (scans, regions),
+        `labels`, `networks`, `hemispheres` (regions,), `coordinates` (regions, 3),
+        `raw_connectivity` and `decoded_connectivity` (pairs,) averaged over all held-out
+        scans, `r2_per_region` (regions,), `code_counts` (K,), `frequencies` in Hz with
+        `raw_power` and `decoded_power` (frequencies,), and `seconds_per_sample`.
         """
         if len(regions) != self.sse[0].shape[0]:
             raise EvaluationError(
