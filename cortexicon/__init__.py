@@ -61,3 +61,6 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+_importlib.import_module("cortexicon._auto").install()

@@ -66,7 +66,7 @@ def checkpoint(tmp_path_factory):
         "from cortexicon.modeling import AVQConfig; from transformers import AutoModel",
         "from cortexicon.tokenization import AVQTokenizer; from transformers import AutoModel",
         # transformers loads its Auto classes half-way through this module
-        "import cortexicon; import transformers.modeling_layers; from transformers import AutoModel",
+        "import cortexicon, transformers.modeling_layers; from transformers import AutoModel",
         "import cortexicon; from transformers import Trainer, AutoModel",
     ],
 )
