@@ -1,0 +1,91 @@
+"""Configuration of the language model that reads and writes AVQ codes."""
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+from .configuration_avq import AVQConfig, ConfigurationError, refuse_unknown_keys
+
+
+class AVQLMConfig(PreTrainedConfig):
+    """An `AVQConfig`, any causal language model's configuration, and where the codes lie in the vocabulary.
+
+    Parameters
+    ----------
+    avq_config : AVQConfig or dict
+    text_config : PreTrainedConfig or dict
+        The language model, already of the size of the shared vocabulary.
+    fmri_offset, connectivity_offset : int
+        Ids of code 0 of the dynamics block and of the connectivity block; both blocks are contiguous.
+    fmri_token_id : int
+        Placeholder that one code of `input_values` replaces.
+    bof_token_id, eof_token_id, sep_token_id : int
+        `<fmri>`, `</fmri>` and the separator between windows.
+    fmri_input : {"codes", "features"}
+        Whether a scan enters as tokens of the vocabulary or as continuous projected features.
+    windows_per_prompt : int
+        Windows that every prompt holds; the same for all scans, since scan length alone names the site.
+    targets : list of dict
+        What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or "class") and either
+        `minimum` and `maximum` (integers) or `classes` (list of str), and `readout` ("expectation" or "mode", the one
+        chosen on validation subjects).
+
+    Raises
+    ------
+    ConfigurationError
+        A value out of range, blocks that overlap, or an unknown key.
+    """
+
+    model_type = "avq_lm"
+    sub_configs_defaults = {
+        "avq_config": AVQConfig,
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+    }
+
+    avq_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    fmri_offset: int = 0
+    connectivity_offset: int = 0
+    fmri_token_id: int = 0
+    bof_token_id: int = 0
+    eof_token_id: int = 0
+    sep_token_id: int = 0
+    fmri_input: str = "codes"
+    windows_per_prompt: int = 1
+    targets: list | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        refuse_unknown_keys(type(self).__name__, kwargs, set(self.__dict__))
+        super().__post_init__(**kwargs)
+        # Weights that the language model ties stay tied in the composite.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if self.fmri_input not in ("codes", "features"):
+            raise ConfigurationError(
+                f"AVQLMConfig.fmri_input must be 'codes' or 'features', found {self.fmri_input!r}."
+            )
+        if self.windows_per_prompt < 1:
+            raise ConfigurationError(
+                f"AVQLMConfig.windows_per_prompt must be at least 1, found {self.windows_per_prompt}."
+            )
+        first, second = self.fmri_offset, self.connectivity_offset
+        codes, more = self.avq_config.num_codes, self.avq_config.num_connectivity_codes
+        if more and first < second + more and second < first + codes:
+            if (first, second) != (0, 0):  # (0, 0) is the default of a configuration without a tokenizer
+                raise ConfigurationError(
+                    f"The blocks of codes overlap: {first}..{first + codes - 1} and {second}..{second + more - 1}. "
+                    "Take both offsets from the AVQTokenizer."
+                )
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the shared vocabulary."""
+        return self.text_config.vocab_size
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the language model."""
+        return self.text_config.hidden_size
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The language model's configuration; `generate` reads sizes of its cache from it."""
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)

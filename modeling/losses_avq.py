@@ -1,0 +1,81 @@
+"""Losses of the AVQ: reconstruction in time, spectrum and connectivity; the domain loss and its reversed gradient."""
+
+import torch
+import torch.nn.functional as F
+
+
+class _ReverseGradient(torch.autograd.Function):
+    """Identity forward, gradient times -strength backward (Ganin & Lempitsky 2015)."""
+
+    @staticmethod
+    def forward(ctx, x, strength):
+        ctx.strength = strength
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.strength * gradient, None
+
+
+def reverse_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:
+    """`x` unchanged; its gradient comes back multiplied by `-strength`."""
+    return _ReverseGradient.apply(x, strength)
+
+
+def reversal_strength(progress: float) -> float:
+    """Strength of the reversal at `progress` in [0, 1]: 2 / (1 + exp(-10 p)) - 1 (Ganin & Lempitsky 2015)."""
+    return float(2.0 / (1.0 + torch.exp(torch.tensor(-10.0 * progress))) - 1.0)
+
+
+def reconstruction_loss(reconstruction, target, mask):
+    """Mean squared error over the samples where `mask` is true; all (batch, time, regions); scalar."""
+    return ((reconstruction - target).square() * mask).sum() / mask.sum().clamp(min=1)
+
+
+def spectrum_loss(reconstruction, target, mask):
+    """Mean absolute difference of amplitude spectra along time, in units of the signal's SD; scalar.
+
+    All (batch, time, regions). Masked samples are zero on both sides.
+    """
+    difference = torch.fft.rfft(reconstruction * mask, dim=1, norm="ortho").abs()
+    difference = difference - torch.fft.rfft(target * mask, dim=1, norm="ortho").abs()
+    present = mask.any(1, keepdim=True)
+    return (difference.abs() * present).sum() / (present.sum() * difference.shape[1]).clamp(min=1)
+
+
+def window_correlation(x, mask):
+    """Correlation between regions within each window: (batch, time, regions) -> (batch, regions, regions)."""
+    mask = mask.to(x.dtype)
+    centred = (x - (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)) * mask
+    # The floor keeps the gradient bounded where a decoded region is almost flat.
+    scaled = centred / (centred.square().sum(1, keepdim=True) + 1e-2 * x.shape[1]).sqrt()
+    return scaled.transpose(1, 2) @ scaled
+
+
+def connectivity_loss(reconstruction, target, mask):
+    """Mean squared difference between the windows' correlation matrices; scalar."""
+    difference = window_correlation(reconstruction, mask) - window_correlation(target, mask)
+    present = mask.any(1)
+    pairs = present[:, :, None] & present[:, None, :]
+    return (difference.square() * pairs).sum() / pairs.sum().clamp(min=1)
+
+
+def domain_loss(code_logits, text_logits):
+    """Binary cross entropy of the domain classifier (text = 1), each side weighing one half.
+
+    Parameters
+    ----------
+    code_logits, text_logits : float32, shapes (codes,) and (tokens,)
+
+    Returns
+    -------
+    loss, accuracy : float32 scalars
+        Accuracy is the mean of both sides' accuracies, so 0.5 is chance for any batch sizes.
+    """
+    loss = 0.5 * (
+        F.binary_cross_entropy_with_logits(code_logits, torch.zeros_like(code_logits))
+        + F.binary_cross_entropy_with_logits(text_logits, torch.ones_like(text_logits))
+    )
+    with torch.no_grad():
+        accuracy = 0.5 * ((code_logits < 0).float().mean() + (text_logits >= 0).float().mean())
+    return loss, accuracy

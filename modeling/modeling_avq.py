@@ -1,0 +1,576 @@
+"""The adversarial vector-quantised autoencoder: fMRI windows to codes and back, through a language model's text space."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_avq import AVQConfig, ConfigurationError
+from .losses_avq import connectivity_loss, domain_loss, reconstruction_loss, reverse_gradient, spectrum_loss
+from .quantization_avq import AVQCodebook
+
+
+@dataclass
+class AVQEncoderOutput(ModelOutput):
+    """Output of `AVQModel.encode`.
+
+    codes : int64, shape (batch, tokens)
+        Patch by patch; within a patch by latent (`latent` layout) or by region (`grid` layout).
+    quantized : float32, shape (batch, tokens, code_dim)
+        The unit-norm codes.
+    text_embeds : float32, shape (batch, tokens, text_width)
+        P(code): what the decoder reads, and where the language model's embedding of the code starts.
+    token_mask : bool, shape (batch, tokens)
+        False for tokens of padded patches and, in the `grid` layout, of missing regions.
+    """
+
+    codes: torch.LongTensor | None = None
+    quantized: torch.FloatTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    token_mask: torch.BoolTensor | None = None
+
+
+@dataclass
+class AVQDecoderOutput(ModelOutput):
+    """Output of `AVQModel.decode`: `reconstruction` float32, shape (batch, time, regions), z-score units."""
+
+    reconstruction: torch.FloatTensor | None = None
+
+
+@dataclass
+class AVQOutput(ModelOutput):
+    """Output of `AVQModel.forward`: the weighted loss, its parts, the reconstruction and the codebook's health.
+
+    loss, reconstruction_loss, spectrum_loss, connectivity_loss, commitment_loss, domain_loss : float32 scalars
+        `domain_loss` and `domain_accuracy` are None when no text embeddings were given.
+    reconstruction : float32, shape (batch, time, regions)
+    codes : int64, shape (batch, tokens)
+    text_embeds : float32, shape (batch, tokens, text_width)
+    perplexity, usage : float32 scalars
+    """
+
+    loss: torch.FloatTensor | None = None
+    reconstruction: torch.FloatTensor | None = None
+    codes: torch.LongTensor | None = None
+    text_embeds: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    spectrum_loss: torch.FloatTensor | None = None
+    connectivity_loss: torch.FloatTensor | None = None
+    commitment_loss: torch.FloatTensor | None = None
+    domain_loss: torch.FloatTensor | None = None
+    domain_accuracy: torch.FloatTensor | None = None
+    perplexity: torch.FloatTensor | None = None
+    usage: torch.FloatTensor | None = None
+
+
+class RegionPositions(nn.Module):
+    """MNI coordinates (batch or 1, regions, 3) in mm -> features (batch or 1, regions, hidden): Fourier features + MLP."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.wavelength = float(config.position_wavelength)
+        # A fixed random projection; persistent, because its values are part of what the weights mean.
+        self.register_buffer("frequencies", torch.zeros(3, config.position_features))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * config.position_features + 3, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.GELU(),
+        )
+
+    def forward(self, coordinates):
+        phase = coordinates @ self.frequencies * (2 * math.pi / self.wavelength)
+        return self.mlp(torch.cat([phase.sin(), phase.cos(), coordinates / 50.0], dim=-1))
+
+
+class RegionsToLatents(nn.Module):
+    """Mix regions into latents by weights that depend on positions alone, one linear map per head."""
+
+    def __init__(self, config, in_features):
+        super().__init__()
+        self.heads, self.dim, self.latents = config.mixing_heads, config.mixing_dim, config.num_latents
+        self.value = nn.Linear(in_features, self.heads * self.dim, bias=False)
+        self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
+        self.out = nn.Linear(self.heads * self.dim, config.hidden_size)
+
+    def forward(self, patches, positions, region_mask):
+        batch, steps, regions, _ = patches.shape  # (batch, patches, regions, in_features)
+        value = self.value(patches) * region_mask[:, None, :, None]
+        value = value.view(batch, steps, regions, self.heads, self.dim)
+        weight = self.weight(positions).view(-1, regions, self.heads, self.latents).expand(batch, -1, -1, -1)
+        # The count of regions present, not of all, keeps the scale alike for any parcellation and any missing region.
+        weight = weight * (14.0 / region_mask.sum(-1).clamp(min=1))[:, None, None, None]
+        mixed = torch.einsum("bprhd,brhm->bpmhd", value, weight)
+        return self.out(mixed.flatten(-2))  # (batch, patches, latents, hidden)
+
+
+class LatentsToRegions(nn.Module):
+    """Read latents back at any coordinates, by weights that depend on positions alone, one linear map per head."""
+
+    def __init__(self, config, out_features):
+        super().__init__()
+        self.heads, self.dim, self.latents = config.mixing_heads, config.mixing_dim, config.num_latents
+        self.value = nn.Linear(config.hidden_size, self.heads * self.dim)
+        self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
+        self.out = nn.Linear(self.heads * self.dim, out_features)
+
+    def forward(self, latents, positions):
+        batch, steps, count, _ = latents.shape  # (batch, patches, latents, hidden)
+        value = self.value(latents).view(batch, steps, count, self.heads, self.dim)
+        weight = self.weight(positions).view(positions.shape[0], -1, self.heads, self.latents)
+        weight = weight.expand(batch, -1, -1, -1) / math.sqrt(self.latents)
+        read = torch.einsum("bpmhd,brhm->bprhd", value, weight)
+        return self.out(read.flatten(-2))  # (batch, patches, regions, out_features)
+
+
+class AVQBlock(nn.Module):
+    """Pre-norm transformer block over all latents of a window."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.dropout = config.num_attention_heads, float(config.dropout)
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, config.intermediate_size), nn.Linear(config.intermediate_size, width)
+
+    def forward(self, x, key_mask):
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)  # (batch, heads, tokens, head_dim)
+        x = x + F.dropout(self.attention_out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+        return x + F.dropout(self.down(F.gelu(self.up(self.norm_mlp(x)))), self.dropout, self.training)
+
+
+class LatentTransformer(nn.Module):
+    """Blocks over (patches x latents) tokens with learned patch and latent embeddings."""
+
+    def __init__(self, config, layers):
+        super().__init__()
+        self.latent_embedding = nn.Parameter(torch.zeros(config.num_latents, config.hidden_size))
+        self.patch_embedding = nn.Parameter(torch.zeros(config.num_patches, config.hidden_size))
+        self.blocks = nn.ModuleList(AVQBlock(config) for _ in range(layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+
+    def forward(self, latents, patch_mask):
+        batch, steps, count, width = latents.shape  # (batch, patches, latents, hidden)
+        x = latents + self.patch_embedding[:steps, None] + self.latent_embedding
+        key_mask = None
+        if not bool(patch_mask.all()):
+            # A row whose every patch is padding attends everywhere instead of nowhere (no NaN).
+            keep = patch_mask | ~patch_mask.any(-1, keepdim=True)
+            key_mask = keep.repeat_interleave(count, dim=1)[:, None, None, :]
+        x = x.flatten(1, 2)
+        for block in self.blocks:
+            x = block(x, key_mask)
+        return self.norm(x).view(batch, steps, count, width)
+
+
+class TextProjection(nn.Module):
+    """P: unit-norm codes (..., code_dim) -> the language model's embedding space (..., text_width), in its final scale.
+
+    Linear plus a small residual MLP; its output is shifted and scaled by the text table's mean and SD, so that no
+    later step rescales it: the language model's rows of codes are these numbers, bit for bit.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.linear = nn.Linear(config.code_dim, config.text_width)
+        self.up = nn.Linear(config.code_dim, config.projection_hidden_size)
+        self.down = nn.Linear(config.projection_hidden_size, config.text_width)
+        self.input_scale = math.sqrt(config.code_dim)
+        self.register_buffer("text_mean", torch.zeros(config.text_width))
+        self.register_buffer("text_scale", torch.ones(()))
+
+    def forward(self, quantized):
+        x = quantized * self.input_scale
+        return self.text_mean + self.text_scale * (self.linear(x) + self.down(F.gelu(self.up(x))))
+
+    def standardize(self, embeddings):
+        """Embeddings (..., text_width) of codes or of text in units of the table's SD around its mean."""
+        return (embeddings - self.text_mean) / self.text_scale
+
+
+class DomainClassifier(nn.Module):
+    """Is this embedding (..., text_width) a text token's or a code's? One logit, positive = text."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = config.classifier_hidden_size
+        self.layers = nn.Sequential(
+            nn.Linear(config.text_width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, 1)
+        )
+
+    def forward(self, embeddings):
+        return self.layers(embeddings)[..., 0]
+
+
+class AVQPreTrainedModel(PreTrainedModel):
+    config: AVQConfig
+    config_class = AVQConfig
+    base_model_prefix = "avq"
+    main_input_name = "input_values"
+    _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["quantizer", "projection"]
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RegionPositions):
+            init.normal_(module.frequencies)
+        elif isinstance(module, LatentTransformer):
+            init.normal_(module.latent_embedding, std=0.5)
+            init.normal_(module.patch_embedding, std=0.5)
+            depth = max(1, len(module.blocks))
+            for block in module.blocks:
+                for layer in (block.attention_out, block.down):
+                    init.normal_(layer.weight, std=1.0 / math.sqrt(2 * depth * layer.in_features))
+        elif isinstance(module, TextProjection):
+            init.zeros_(module.text_mean)
+            init.ones_(module.text_scale)
+            init.normal_(module.down.weight, std=0.1 / math.sqrt(module.down.in_features))
+        elif isinstance(module, AVQCodebook):
+            for buffer in (module.codebook, module.code_sum, module.code_count, module.updates):
+                init.zeros_(buffer)
+            init.zeros_(module.initialized)
+
+
+class AVQModel(AVQPreTrainedModel):
+    """Adversarial vector-quantised autoencoder of parcellated fMRI.
+
+    Tricks used, one line each:
+
+    * a region is known by its MNI coordinates (Fourier features), so one checkpoint reads any parcellation;
+    * regions are mixed into a few latents, and read back, by weights that depend on positions alone;
+    * all transformer blocks run on the latents, never on the regions;
+    * codes are low-dimensional unit vectors in an EMA codebook with k-means start and revival;
+    * the projection P to the language model's embedding space lies *before* the decoder, so an alignment that costs
+      information costs reconstruction, visibly;
+    * a domain classifier with gradient reversal (Ganin & Lempitsky 2015) pulls P(code) to where text embeddings lie;
+      the reversed gradient reaches P and, straight through the codebook, the encoder.
+
+    Follows the codec models of transformers (DAC, Encodec, Mimi) in its methods: `encode`, `decode`, `forward`.
+    """
+
+    def __init__(self, config: AVQConfig):
+        super().__init__(config)
+        width, patch = config.hidden_size, config.patch_length
+        self.positions = RegionPositions(config)
+        self.regions_to_latents = RegionsToLatents(config, patch)
+        self.encoder = LatentTransformer(config, config.encoder_layers)
+        self.to_code = nn.Linear(width, config.code_dim)
+        self.quantizer = AVQCodebook(
+            config.num_codes, config.code_dim, config.ema_decay, config.revival_threshold, config.revival_interval
+        )
+        self.projection = TextProjection(config)
+        self.from_text = nn.Linear(config.text_width, width)
+        self.decoder = LatentTransformer(config, config.decoder_layers)
+        self.latents_to_regions = LatentsToRegions(config, patch)
+        self.classifier = DomainClassifier(config)
+        if config.token_layout == "grid":
+            self.patch_to_code = nn.Linear(patch, config.code_dim)
+            self.latents_to_code = LatentsToRegions(config, config.code_dim)
+            self.tokens_to_latents = RegionsToLatents(config, width)
+            self.token_to_patch = nn.Linear(width, patch)
+        self.post_init()
+
+    # ------------------------------------------------------------------ the two halves
+
+    def encode(self, input_values, region_coordinates=None, region_mask=None, time_mask=None) -> AVQEncoderOutput:
+        """Codes of windows.
+
+        Parameters
+        ----------
+        input_values : float32, shape (batch, time, regions)
+            z-scored series, `sampling_interval` seconds apart; time is a multiple of `patch_length`, at most
+            `window_length`.
+        region_coordinates : float32, shape (batch or 1, regions, 3), mm MNI, optional
+            Default: those of the training atlas, when the number of regions agrees.
+        region_mask : bool, shape (batch, regions), optional
+        time_mask : bool, shape (batch, time), optional
+
+        Returns
+        -------
+        AVQEncoderOutput
+
+        Raises
+        ------
+        ConfigurationError
+            The shapes do not fit the configuration, or the codebook was never started.
+        """
+        if not bool(self.quantizer.initialized):
+            raise ConfigurationError(
+                "The codebook of this AVQModel was never started, so its codes mean nothing. Train it first "
+                "(`cortexicon train avq CONFIG`) or load a trained checkpoint."
+            )
+        inputs = self._prepare(input_values, region_coordinates, region_mask, time_mask)
+        latents, token_mask = self._encode(*inputs)
+        output = self.quantizer(latents, token_mask)
+        return AVQEncoderOutput(
+            codes=output.codes,
+            quantized=output.quantized,
+            text_embeds=self._project(output),
+            token_mask=token_mask,
+        )
+
+    def decode(self, codes, region_coordinates=None, code_coordinates=None) -> AVQDecoderOutput:
+        """Region series of codes.
+
+        Parameters
+        ----------
+        codes : int64, shape (batch, tokens)
+        region_coordinates : float32, shape (batch or 1, regions, 3), mm MNI, optional
+            Where to decode: any parcellation. Default: the training atlas.
+        code_coordinates : float32, shape (batch or 1, regions, 3), mm MNI, optional
+            `grid` layout only: the regions that the codes belong to. Default: `region_coordinates`.
+
+        Raises
+        ------
+        ConfigurationError
+            Codes out of range, or a number of tokens that is no whole number of patches.
+        """
+        if codes.dtype.is_floating_point or codes.dim() != 2:
+            raise ConfigurationError(
+                f"codes must be integers of shape (batch, tokens), found {codes.dtype} {tuple(codes.shape)}."
+            )
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.num_codes):
+            raise ConfigurationError(
+                f"codes must lie in 0..{self.config.num_codes - 1}, found {int(codes.min())}..{int(codes.max())}."
+            )
+        coordinates = self._coordinates(region_coordinates, None)
+        source = coordinates if code_coordinates is None else self._coordinates(code_coordinates, None)
+        text_embeds = F.embedding(codes, self.project_codebook())
+        return AVQDecoderOutput(reconstruction=self._decode(text_embeds, coordinates, source))
+
+    def forward(
+        self,
+        input_values,
+        region_coordinates=None,
+        region_mask=None,
+        time_mask=None,
+        text_embeddings=None,
+        reversal: float = 1.0,
+    ) -> AVQOutput:
+        """Encode, quantise, project, decode; with the losses of training.
+
+        Parameters
+        ----------
+        input_values, region_coordinates, region_mask, time_mask
+            As in `encode`.
+        text_embeddings : float32, shape (tokens, text_width), optional
+            Input embeddings of real text from the language model; switches the domain classifier on.
+        reversal : float
+            Strength of the gradient reversal, `losses_avq.reversal_strength(progress)`; 0 cuts the branch.
+        """
+        values, coordinates, region_mask, time_mask = self._prepare(
+            input_values, region_coordinates, region_mask, time_mask
+        )
+        latents, token_mask = self._encode(values, coordinates, region_mask, time_mask)
+        quantized = self.quantizer(latents, token_mask)
+        text_embeds = self._project(quantized)
+        decoded = self._decode(text_embeds, coordinates, coordinates)
+
+        config, mask = self.config, time_mask[:, :, None] & region_mask[:, None, :]
+        parts = {
+            "reconstruction_loss": reconstruction_loss(decoded, values, mask),
+            "commitment_loss": quantized.commitment_loss,
+        }
+        loss = parts["reconstruction_loss"] + config.commitment_weight * quantized.commitment_loss
+        if config.spectrum_weight:
+            parts["spectrum_loss"] = spectrum_loss(decoded, values, mask)
+            loss = loss + config.spectrum_weight * parts["spectrum_loss"]
+        if config.connectivity_weight:
+            parts["connectivity_loss"] = connectivity_loss(decoded, values, mask)
+            loss = loss + config.connectivity_weight * parts["connectivity_loss"]
+        if text_embeddings is not None:
+            parts["domain_loss"], parts["domain_accuracy"] = self.domain_loss(
+                text_embeds[token_mask], text_embeddings, reversal
+            )
+            loss = loss + config.domain_weight * parts["domain_loss"]
+        return AVQOutput(
+            loss=loss,
+            reconstruction=decoded,
+            codes=quantized.codes,
+            text_embeds=text_embeds,
+            perplexity=quantized.perplexity,
+            usage=quantized.usage,
+            **parts,
+        )
+
+    def domain_loss(self, code_embeddings, text_embeddings, reversal: float = 1.0):
+        """Loss and accuracy of the domain classifier on P(codes) (codes, width) and text (tokens, width).
+
+        The larger side is thinned evenly so that both have the same number of rows.
+        """
+        rows = min(len(code_embeddings), len(text_embeddings))
+        code_embeddings, text_embeddings = _thin(code_embeddings, rows), _thin(text_embeddings, rows)
+        reversed_codes = reverse_gradient(code_embeddings, reversal)
+        return domain_loss(
+            self.classifier(self.projection.standardize(reversed_codes)),
+            self.classifier(self.projection.standardize(text_embeddings.detach())),
+        )
+
+    # ------------------------------------------------------------------ text space and codebook
+
+    def project_codebook(self) -> torch.Tensor:
+        """P(codebook): float32, shape (num_codes, text_width); the language model's rows of codes are these bits."""
+        return self.projection(self.quantizer.codebook)
+
+    @torch.no_grad()
+    def set_text_space(self, table: torch.Tensor, model_id: str | None = None) -> None:
+        """Take mean, scale and identity of the text domain from an embedding `table` (vocabulary, text_width)."""
+        if table.dim() != 2 or table.shape[1] != self.config.text_width:
+            raise ConfigurationError(
+                f"The text table must have text_width = {self.config.text_width} columns, found shape "
+                f"{tuple(table.shape)}. Set text_width in the config, or choose another language model."
+            )
+        table = table.detach().float()
+        self.projection.text_mean.copy_(table.mean(0))
+        self.projection.text_scale.copy_((table - table.mean(0)).std())
+        self.config.text_model_id = model_id
+        self.config.text_table_sha256 = tensor_sha256(table)
+
+    @torch.no_grad()
+    def start_codebook(self, batches, seed: int = 0) -> None:
+        """k-means start from `batches`, an iterable of keyword inputs of `encode`; the same on every process."""
+        vectors = []
+        for batch in batches:
+            latents, token_mask = self._encode(*self._prepare(**batch))
+            vectors.append(F.normalize(latents.float(), dim=-1)[token_mask])
+        self.quantizer.start(torch.cat(vectors), seed=seed)
+
+    def codebook_fingerprint(self) -> str:
+        """sha256 of codebook and projection, hex; travels with codes so that no other codebook decodes them."""
+        return tensor_sha256(torch.cat([self.quantizer.codebook, self.project_codebook()], dim=1))
+
+    # ------------------------------------------------------------------ inside
+
+    def _coordinates(self, coordinates, regions):
+        if coordinates is None:
+            if self.config.region_coordinates is None:
+                raise ConfigurationError(
+                    "region_coordinates are needed: this checkpoint stores none of its own. Pass (1, regions, 3) in mm, MNI."
+                )
+            coordinates = torch.tensor(self.config.region_coordinates, dtype=torch.float32, device=self.device)[None]
+            if regions is not None and coordinates.shape[1] != regions:
+                raise ConfigurationError(
+                    f"input_values have {regions} regions, the checkpoint's atlas {self.config.atlas!r} has "
+                    f"{coordinates.shape[1]}. Pass region_coordinates of the atlas that the input is in."
+                )
+        if coordinates.dim() == 2:
+            coordinates = coordinates[None]
+        if coordinates.shape[-1] != 3 or (regions is not None and coordinates.shape[1] != regions):
+            raise ConfigurationError(
+                f"region_coordinates must have shape (batch or 1, {regions or 'regions'}, 3) in mm, found "
+                f"{tuple(coordinates.shape)}."
+            )
+        return coordinates.to(self.projection.text_mean)
+
+    def _prepare(self, input_values, region_coordinates=None, region_mask=None, time_mask=None):
+        config = self.config
+        if input_values.dim() != 3:
+            raise ConfigurationError(
+                f"input_values must have shape (batch, time, regions), found {tuple(input_values.shape)}."
+            )
+        batch, time, regions = input_values.shape
+        if time % config.patch_length or not 0 < time <= config.window_length:
+            raise ConfigurationError(
+                f"input_values hold {time} samples a window; expected a multiple of patch_length = "
+                f"{config.patch_length}, at most window_length = {config.window_length}. AVQFeatureExtractor cuts such windows."
+            )
+        coordinates = self._coordinates(region_coordinates, regions)
+        device = input_values.device
+        if region_mask is None:
+            region_mask = torch.ones(batch, regions, dtype=torch.bool, device=device)
+        if time_mask is None:
+            time_mask = torch.ones(batch, time, dtype=torch.bool, device=device)
+        region_mask, time_mask = region_mask.bool(), time_mask.bool()
+        values = input_values.float() * (time_mask[:, :, None] & region_mask[:, None, :])
+        return values, coordinates, region_mask, time_mask
+
+    def _patches(self, values):
+        batch, time, regions = values.shape
+        # (batch, time, regions) -> (batch, patches, regions, patch_length)
+        return values.view(batch, -1, self.config.patch_length, regions).transpose(2, 3)
+
+    def _encode(self, values, coordinates, region_mask, time_mask):
+        """Unnormalised code vectors (batch, tokens, code_dim) and token mask (batch, tokens)."""
+        patches = self._patches(values).to(self.dtype)
+        patch_mask = time_mask.view(time_mask.shape[0], -1, self.config.patch_length).any(-1)
+        positions = self.positions(coordinates.to(self.dtype))
+        latents = self.regions_to_latents(patches, positions, region_mask)
+        latents = self.encoder(latents, patch_mask)  # (batch, patches, latents, hidden)
+        if self.config.token_layout == "latent":
+            vectors = self.to_code(latents)
+            token_mask = patch_mask[:, :, None].expand(vectors.shape[:-1])
+        else:
+            vectors = self.patch_to_code(patches) + self.latents_to_code(latents, positions)
+            token_mask = patch_mask[:, :, None] & region_mask[:, None, :]
+        return vectors.flatten(1, 2), token_mask.flatten(1)
+
+    def _project(self, output):
+        """P of the quantised codes, (batch, tokens, text_width)."""
+        if self.training or not bool(self.quantizer.initialized):
+            return self.projection(output.quantized)
+        # A row of the projected table, not P of a batch: the bits must not depend on who shares the batch.
+        return F.embedding(output.codes, self.project_codebook())
+
+    def _decode(self, text_embeds, coordinates, code_coordinates):
+        """Series (batch, time, regions) at `coordinates` from text-space tokens (batch, tokens, text_width)."""
+        config = self.config
+        grid = config.token_layout == "grid"
+        per_patch = code_coordinates.shape[1] if grid else config.num_latents
+        batch, tokens = text_embeds.shape[:2]
+        if tokens % per_patch or not 0 < tokens // per_patch <= config.num_patches:
+            raise ConfigurationError(
+                f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at most "
+                f"{config.num_patches} patches."
+            )
+        hidden = self.from_text(self.projection.standardize(text_embeds).to(self.dtype))
+        hidden = hidden.view(batch, -1, per_patch, config.hidden_size)
+        patch_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        positions = self.positions(coordinates.to(self.dtype))
+        latents = hidden
+        if grid:
+            same = coordinates is code_coordinates
+            source = positions if same else self.positions(code_coordinates.to(self.dtype))
+            everywhere = torch.ones(batch, per_patch, dtype=torch.bool, device=hidden.device)
+            latents = self.tokens_to_latents(hidden, source, everywhere)
+        latents = self.decoder(latents, patch_mask)
+        patches = self.latents_to_regions(latents, positions)  # (batch, patches, regions, patch_length)
+        if grid:
+            own = self.token_to_patch(hidden)
+            if not same:
+                # Another parcellation: each target region takes its neighbours' own patches, 10 mm Gaussian weights.
+                squared = torch.cdist(coordinates, code_coordinates).square()
+                own = torch.einsum("brs,bpsl->bprl", torch.softmax(-squared / 200.0, -1).expand(batch, -1, -1), own)
+            patches = patches + own
+        return patches.transpose(2, 3).flatten(1, 2).float()
+
+
+def _thin(rows, count):
+    """`count` rows spread evenly over `rows`."""
+    if len(rows) == count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """sha256 of a tensor's float32 bytes, hex."""
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+AVQConfig.register_for_auto_class()
+AVQModel.register_for_auto_class("AutoModel")

@@ -1,0 +1,216 @@
+"""The codebook of the AVQ: cosine lookup, straight-through, k-means start, EMA update, revival of dead codes."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+
+class QuantizerOutput(NamedTuple):
+    """What the codebook returns, with its health.
+
+    quantized : float32, shape (..., code_dim)
+        Unit-norm codes with the straight-through gradient.
+    codes : int64, shape (...)
+    commitment_loss : float32, scalar
+    perplexity : float32, scalar
+        exp(entropy) of the codes of this batch, over all processes; 1 to num_codes.
+    usage : float32, scalar
+        Share of the codebook whose running count is above the revival threshold.
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    commitment_loss: torch.Tensor
+    perplexity: torch.Tensor
+    usage: torch.Tensor
+
+
+def straight_through(continuous: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """Value of `quantized`, gradient of `continuous` (Bengio et al. 2013; van den Oord et al. 2017)."""
+    return continuous + (quantized - continuous).detach()
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, in rank order; every process must bring the same number."""
+    if _world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def spherical_kmeans(
+    vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed: int = 0
+) -> torch.Tensor:
+    """Unit-norm cluster centres of unit-norm `vectors`; empty clusters keep their starting vector.
+
+    Parameters
+    ----------
+    vectors : float32, shape (vectors, code_dim)
+    num_clusters : int
+        When there are fewer vectors than clusters the vectors are drawn with replacement and jittered.
+
+    Returns
+    -------
+    float32, shape (num_clusters, code_dim)
+    """
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    count = vectors.shape[0]
+    if count >= num_clusters:
+        start = torch.randperm(count, generator=generator)[:num_clusters]
+        centres = vectors[start.to(vectors.device)].clone()
+    else:
+        start = torch.randint(count, (num_clusters,), generator=generator)
+        noise = torch.randn(num_clusters, vectors.shape[1], generator=generator).to(vectors.device)
+        centres = F.normalize(vectors[start.to(vectors.device)] + 0.01 * noise, dim=-1)
+    for _ in range(iterations):
+        nearest = nearest_code(vectors, centres)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        filled = torch.bincount(nearest, minlength=num_clusters) > 0
+        centres = torch.where(filled[:, None], F.normalize(sums, dim=-1), centres)
+    return centres
+
+
+def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
+    """Index of the code with the largest cosine, int64, shape (vectors,); both sides unit-norm."""
+    return torch.cat([(part @ codebook.T).argmax(-1) for part in vectors.split(chunk)])
+
+
+class AVQCodebook(nn.Module):
+    """Codebook on the unit sphere.
+
+    Tricks used: factorised low-dimensional codes and cosine lookup (Yu et al. 2022, ViT-VQGAN); EMA update (van den
+    Oord et al. 2017); k-means start and revival of dead codes (Zeghidour et al. 2021, SoundStream), where a revived
+    code is the mean of vectors of several scans, never one person's; counts and sums added over all processes;
+    always float32.
+
+    All state that changes a decision (counts, sums, clock, started or not) is a persistent buffer.
+    """
+
+    def __init__(self, num_codes, code_dim, ema_decay, revival_threshold, revival_interval):
+        super().__init__()
+        self.ema_decay = float(ema_decay)
+        self.revival_threshold = float(revival_threshold)
+        self.revival_interval = int(revival_interval)
+        self.register_buffer("codebook", torch.zeros(num_codes, code_dim))
+        self.register_buffer("code_sum", torch.zeros(num_codes, code_dim))
+        self.register_buffer("code_count", torch.zeros(num_codes))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    @property
+    def num_codes(self) -> int:
+        return self.codebook.shape[0]
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes int64 (...) to unit vectors float32 (..., code_dim)."""
+        return F.embedding(codes, self.codebook)
+
+    def forward(self, latents: torch.Tensor, token_mask: torch.Tensor | None = None) -> QuantizerOutput:
+        """Quantise `latents` (batch, tokens, code_dim); in training mode also update the codebook.
+
+        `token_mask` (batch, tokens) marks the tokens that hold data: the others get a code but do not count.
+        """
+        latents = F.normalize(latents.float(), dim=-1)  # (batch, tokens, code_dim)
+        if not bool(self.initialized):
+            # Before the k-means start training runs without quantisation, so that there is something to cluster.
+            zero = latents.new_zeros(())
+            codes = torch.zeros(latents.shape[:-1], dtype=torch.int64, device=latents.device)
+            return QuantizerOutput(latents, codes, zero, zero, zero)
+        with torch.no_grad():
+            codes = nearest_code(latents.flatten(0, -2), self.codebook).view(latents.shape[:-1])
+        chosen = self.lookup(codes)
+        error = (latents - chosen).square().sum(-1)  # (batch, tokens)
+        if token_mask is None:
+            token_mask = torch.ones_like(codes, dtype=torch.bool)
+        commitment_loss = (error * token_mask).sum() / token_mask.sum().clamp(min=1)
+        counts = torch.bincount(codes[token_mask], minlength=self.num_codes).float()
+        if self.training:
+            with torch.no_grad():
+                counts = self._update(latents.detach(), codes, token_mask, counts)
+        share = counts / counts.sum().clamp(min=1)
+        perplexity = torch.exp(-(share * (share + 1e-10).log()).sum())
+        return QuantizerOutput(
+            straight_through(latents, chosen), codes, commitment_loss, perplexity, self.usage()
+        )
+
+    def usage(self) -> torch.Tensor:
+        """Share of codes whose running count is above the revival threshold, scalar in [0, 1]."""
+        mean = self.code_count.mean().clamp(min=1e-12)
+        return (self.code_count > self.revival_threshold * mean).float().mean()
+
+    def start(self, vectors: torch.Tensor, seed: int = 0) -> None:
+        """Place the codebook by spherical k-means on `vectors` (vectors, code_dim) of all processes."""
+        if _world_size() > 1:  # masked tokens can make the processes' numbers of vectors differ
+            count = torch.tensor(len(vectors), device=vectors.device)
+            dist.all_reduce(count, op=dist.ReduceOp.MIN)
+            vectors = vectors[: int(count)]
+        vectors = F.normalize(gather_rows(vectors.float()), dim=-1)
+        centres = spherical_kmeans(vectors, self.num_codes, seed=seed)
+        if _world_size() > 1:  # k-means is deterministic, but a broadcast makes equality certain
+            dist.broadcast(centres, src=0)
+        self.codebook.copy_(centres)
+        self.code_count.fill_(1.0)
+        self.code_sum.copy_(centres)
+        self.initialized.fill_(True)
+
+    def _update(self, latents, codes, token_mask, counts):
+        flat = latents[token_mask]
+        sums = torch.zeros_like(self.code_sum).index_add_(0, codes[token_mask], flat)
+        if _world_size() > 1:
+            # One all-reduce for both; every process must therefore run the same number of training forwards.
+            stacked = torch.cat([counts[:, None], sums], dim=1)
+            dist.all_reduce(stacked)
+            counts, sums = stacked[:, 0].contiguous(), stacked[:, 1:].contiguous()
+        self.updates += 1
+        self.code_count.mul_(self.ema_decay).add_(counts, alpha=1 - self.ema_decay)
+        self.code_sum.mul_(self.ema_decay).add_(sums, alpha=1 - self.ema_decay)
+        self.codebook.copy_(
+            torch.where(
+                (self.code_sum.norm(dim=-1) > 1e-8)[:, None], F.normalize(self.code_sum, dim=-1), self.codebook
+            )
+        )
+        if int(self.updates) % self.revival_interval == 0:
+            self._revive(latents, token_mask)
+        return counts
+
+    def _revive(self, latents, token_mask, neighbours: int = 3):
+        """Move dead codes to where data are: the mean of the nearest vectors of other scans to a random anchor."""
+        mean = self.code_count.mean()
+        dead = (self.code_count < self.revival_threshold * mean).nonzero()[:, 0]
+        scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(latents.shape[:2])
+        # Masked tokens stay in the pool's shape (processes must agree on it) and are never chosen.
+        pool, owner = gather_rows(latents.flatten(0, 1)), gather_rows(scan.reshape(-1))
+        valid = gather_rows(token_mask.reshape(-1).to(torch.uint8)).bool()
+        per_process = latents.shape[0] * latents.shape[1]
+        owner = owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
+        pool, owner = pool[valid], owner[valid]
+        if len(dead) == 0 or len(owner.unique()) < 2 * neighbours:
+            return
+        generator = torch.Generator().manual_seed(int(self.updates))
+        if len(dead) > len(pool):
+            dead = dead[torch.randperm(len(dead), generator=generator)[: len(pool)].to(dead.device)]
+        anchors = torch.randperm(len(pool), generator=generator)[: len(dead)].to(pool.device)
+        revived = torch.empty(len(dead), pool.shape[1], device=pool.device)
+        for part in torch.arange(len(dead), device=pool.device).split(1024):
+            anchor = anchors[part]
+            similarity = pool[anchor] @ pool.T  # (codes, pool)
+            similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
+            # One neighbour from each of several disjoint groups of scans: a mean over different people, always.
+            near = [
+                similarity.masked_fill(owner[None] % neighbours != group, -3.0).argmax(-1) for group in range(neighbours)
+            ]
+            revived[part] = F.normalize(sum(pool[index] for index in near), dim=-1)
+        if _world_size() > 1:
+            dist.broadcast(revived, src=0)
+        # Count and sum are reset together with the code: otherwise the next EMA step would undo the revival.
+        self.codebook[dead] = revived
+        self.code_count[dead] = mean
+        self.code_sum[dead] = revived * mean

@@ -1,0 +1,268 @@
+"""`cortexicon train avq CONFIG`: the codec. Windows of scans in, a vector-quantised autoencoder out.
+
+The run in one look: scans are normalised and held in memory; every step draws one window of each of `batch_size`
+subjects; for the first `codebook_start` share of the steps nothing is quantised, then k-means places the codebook; from
+then on codes are straight-through and follow the encoder by EMA. A domain classifier tells P(code) from real text
+embeddings all the while, and its reversed gradient grows with progress.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from cortexicon.cohorts import load_cohort, load_split
+from cortexicon.modeling import AVQConfig, AVQModel
+from cortexicon.modeling.losses_avq import reversal_strength
+from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .arguments import TrainingError, load_arguments
+from .callbacks import (
+    TrainingLog,
+    check_resumable,
+    learning_rate_at,
+    load_state,
+    prepare_output,
+    progress,
+    remove_state,
+    save_state,
+    write_run_facts,
+)
+from .collators import PreparedScans, TextDomain, draw_windows, prepare_scans, whole_windows
+
+
+@dataclass
+class AVQArguments:
+    """Arguments of `cortexicon train avq`; see training/configs/demo_avq.yaml for what each does."""
+
+    output: str
+    cohort: str
+    split: str
+    text_model: str
+    fold: int = 0
+    model: dict = field(default_factory=dict)
+    max_steps: int = 1000
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    codebook_start: float = 0.3
+    codebook_batches: int = 8
+    text_batch_size: int = 1024
+    adversary: bool = True
+    eval_windows: int = 256
+    log_steps: int = 20
+    eval_steps: int = 200
+    save_steps: int = 500
+    seed: int = 0
+    cpu: bool = False
+    resume: bool = False
+
+
+def build_model(arguments: AVQArguments, cohort, text_model) -> AVQModel:
+    """An untrained codec for the cohort's atlas and the language model's embedding table."""
+    table = text_model.get_input_embeddings().weight
+    values = dict(arguments.model)
+    if not arguments.adversary:
+        values["domain_weight"] = 0.0
+    config = AVQConfig(
+        atlas=cohort.atlas,
+        region_labels=list(cohort.labels),
+        region_coordinates=cohort.coordinates.tolist(),
+        text_width=table.shape[1],
+        **values,
+    )
+    model = AVQModel(config)
+    model.set_text_space(table, model_id=str(arguments.text_model))
+    return model
+
+
+@torch.no_grad()
+def evaluate(model: AVQModel, scans: PreparedScans, batch_size: int, limit: int, device) -> dict[str, float]:
+    """R2 (pooled, around 0, the scan's own region mean) and share of the codebook used on held-out windows."""
+    model.eval()
+    error = total = 0.0
+    used = torch.zeros(model.config.num_codes, dtype=torch.bool)
+    for batch in whole_windows(scans, model.config.window_length, batch_size, limit):
+        batch = {key: value.to(device) for key, value in batch.items()}
+        output = model(**batch)
+        mask = batch["region_mask"][:, None]
+        error += float(((output.reconstruction - batch["input_values"]).square() * mask).sum())
+        total += float((batch["input_values"].square() * mask).sum())
+        used[output.codes.flatten().cpu()] = True
+    model.train()
+    return {"eval_r2": 1 - error / total, "eval_usage": float(used.float().mean())}
+
+
+def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[str, float]:
+    """Norms of the reversed gradient of the weighted domain loss at P and at the encoder; both must be alive."""
+    projection = list(model.projection.parameters())
+    encoder = [*model.regions_to_latents.parameters(), *model.encoder.parameters(), *model.to_code.parameters()]
+    gradients = torch.autograd.grad(
+        model.config.domain_weight * domain_loss, projection + encoder, retain_graph=True, allow_unused=True
+    )
+
+    def norm(parts):
+        return float(sum(g.square().sum() for g in parts if g is not None) ** 0.5)
+
+    return {
+        "domain_grad_norm_projection": norm(gradients[: len(projection)]),
+        "domain_grad_norm_encoder": norm(gradients[len(projection) :]),
+    }
+
+
+def parameter_groups(model: AVQModel, weight_decay: float) -> list[dict]:
+    """Matrices decay; biases, norms and embeddings do not."""
+    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
+    keep = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+
+
+def main(argv: list[str]) -> int:
+    """Train the codec; `argv` is CONFIG followed by key=value overrides."""
+    arguments = load_arguments(AVQArguments, argv)
+    output = Path(arguments.output)
+    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    main_process = accelerator.is_main_process
+    if main_process:
+        prepare_output(output, arguments.resume)
+        if arguments.resume:
+            check_resumable(output, arguments)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(arguments.seed)
+
+    # The cohort, its split, and the text side.
+    cohort = load_cohort(arguments.cohort)
+    split = load_split(arguments.split, cohort)
+    if not 0 <= arguments.fold < len(split):
+        raise TrainingError(f"fold {arguments.fold} does not exist: {arguments.split} holds folds 0..{len(split) - 1}.")
+    parts = split[arguments.fold]
+    text_folder = Path(arguments.text_model)
+    if not (text_folder / "token_counts.safetensors").is_file():
+        raise TrainingError(
+            f"{text_folder} holds no token_counts.safetensors. The text side comes first: cortexicon train text CONFIG."
+        )
+    text_model = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.float32)
+    text_tokenizer = AutoTokenizer.from_pretrained(text_folder)
+    counts = load_file(text_folder / "token_counts.safetensors")["counts"]
+    text_domain = TextDomain(text_model.get_input_embeddings().weight, counts)
+
+    # The model and what prepares its input.
+    model = build_model(arguments, cohort, text_model)
+    config = model.config
+    extractor = AVQFeatureExtractor(
+        sampling_interval=config.sampling_interval,
+        window_length=config.window_length,
+        patch_length=config.patch_length,
+        atlas=cohort.atlas,
+        region_labels=config.region_labels,
+        region_coordinates=config.region_coordinates,
+    )
+    tokenizer = AVQTokenizer.from_text_tokenizer(text_tokenizer, config.num_codes, config.num_connectivity_codes)
+    processor = AVQProcessor(extractor, tokenizer, tokens_per_window=config.tokens_per_window)
+    scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
+    validation = prepare_scans(cohort, extractor, parts["validation"], "validation", quiet=not main_process)
+
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate, betas=(0.9, 0.95)
+    )
+    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
+    facts = {
+        "cohort_hash": cohort.content_hash,
+        "split_hash": split.hash,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_scans": len(scans),
+        "refused_scans": {**scans.refused, **validation.refused},
+        "tokens_per_window": config.tokens_per_window,
+        "processes": accelerator.num_processes,
+    }
+    if main_process:
+        write_run_facts(output, "avq", arguments, **facts)
+    log = TrainingLog(output, main_process, first, seconds)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    raw_model: AVQModel = accelerator.unwrap_model(model)
+    model.train()
+
+    def batch_at(stream: int, step: int) -> dict[str, torch.Tensor]:
+        batch = draw_windows(
+            scans,
+            config.window_length,
+            arguments.batch_size,
+            [arguments.seed, stream, step],
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        return {key: value.to(accelerator.device) for key, value in batch.items()}
+
+    start_step = int(arguments.codebook_start * arguments.max_steps)
+    for step in (bar := progress(first, arguments.max_steps, "train avq", accelerator)):
+        torch.manual_seed(arguments.seed * 1_000_003 + step)
+        if step == start_step:
+            raw_model.start_codebook([batch_at(1, k) for k in range(arguments.codebook_batches)], seed=arguments.seed)
+        strength = reversal_strength(step / arguments.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
+            )
+        text = None
+        if arguments.adversary:
+            text = text_domain.draw(
+                arguments.text_batch_size, [arguments.seed, 2, step, accelerator.process_index]
+            ).to(accelerator.device)
+        out = model(**batch_at(0, step), text_embeddings=text, reversal=strength)
+        logging = (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps
+        norms = domain_gradient_norms(raw_model, out.domain_loss) if logging and arguments.adversary else {}
+        accelerator.backward(out.loss)
+        gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        if not torch.isfinite(gradient):
+            raise TrainingError(
+                f"The gradient is not finite at step {step + 1}. Lower learning_rate, or check the cohort's values."
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        if logging:
+            started = step >= start_step
+            log.write(
+                step + 1,
+                loss=out.loss,
+                reconstruction_loss=out.reconstruction_loss,
+                commitment_loss=out.commitment_loss if started else None,
+                spectrum_loss=out.spectrum_loss,
+                connectivity_loss=out.connectivity_loss,
+                domain_loss=out.domain_loss,
+                domain_accuracy=out.domain_accuracy,
+                reversal_strength=strength if arguments.adversary else None,
+                perplexity=out.perplexity if started else None,
+                usage=out.usage if started else None,
+                lr=optimizer.param_groups[0]["lr"],
+                grad_norm=gradient,
+                **norms,
+            )
+            bar.set_postfix(mse=f"{out.reconstruction_loss.item():.3f}", refresh=False)
+        if ((step + 1) % arguments.eval_steps == 0 and step + 1 < arguments.max_steps) and main_process:
+            log.write(step + 1, **evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device))
+        if (step + 1) % arguments.save_steps == 0 and main_process:
+            save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
+
+    accelerator.wait_for_everyone()
+    if main_process:
+        final = evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device)
+        log.write(arguments.max_steps, **final)
+        raw_model.eval()
+        raw_model.save_pretrained(output)
+        processor.save_pretrained(output)
+        write_run_facts(output, "avq", arguments, seconds=log.seconds, **facts, **final)
+        remove_state(output)
+        print(
+            f"Codec in {output}: validation R2 {final['eval_r2']:.3f}, codebook usage {final['eval_usage']:.0%} "
+            f"({config.tokens_per_window} tokens per {config.window_length * config.sampling_interval:g} s)"
+        )
+    accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

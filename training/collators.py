@@ -1,0 +1,127 @@
+"""Scans in memory, and the batches of windows that are drawn from them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from cortexicon.cohorts import Cohort
+from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
+from tqdm import tqdm
+
+from .arguments import TrainingError
+
+
+@dataclass
+class PreparedScans:
+    """Normalised scans at the model's sampling interval.
+
+    Attributes
+    ----------
+    subject_ids : list of str
+    series : list of float32 arrays (time, regions)
+    region_masks : list of bool arrays (regions,)
+    refused : dict of str to str
+        Subjects left out, and why.
+    """
+
+    subject_ids: list[str]
+    series: list[np.ndarray]
+    region_masks: list[np.ndarray]
+    refused: dict[str, str]
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+
+def prepare_scans(
+    cohort: Cohort, extractor: AVQFeatureExtractor, subject_ids: list[str], name: str, quiet: bool = False
+) -> PreparedScans:
+    """Check, resample and normalise the scans of `subject_ids`; those that cannot serve are listed, not hidden.
+
+    Raises
+    ------
+    TrainingError
+        No scan is left.
+    """
+    scans = PreparedScans([], [], [], {})
+    for subject in tqdm(subject_ids, desc=f"prepare {name}", mininterval=2.0, disable=quiet):
+        scan = cohort.series(subject)
+        try:
+            values, mask = extractor.prepare_scan(
+                scan.values, scan.tr, region_labels=scan.labels, atlas=scan.atlas, where=f"{subject}: "
+            )
+        except TokenizationError as error:
+            scans.refused[subject] = str(error)
+            continue
+        if len(values) < extractor.window_length:
+            seconds = extractor.window_length * extractor.sampling_interval
+            scans.refused[subject] = f"{subject}: shorter than one window of {seconds:g} s"
+            continue
+        scans.subject_ids.append(subject)
+        scans.series.append(values)
+        scans.region_masks.append(mask)
+    if scans.refused and not quiet:
+        print(f"{len(scans.refused)} of {len(subject_ids)} {name} scans left out, e.g. {next(iter(scans.refused.values()))}")
+    if not scans.series:
+        first = next(iter(scans.refused.values()), "the split names no subject for this part")
+        raise TrainingError(f"No {name} scan is left. {first}")
+    return scans
+
+
+def draw_windows(
+    scans: PreparedScans, window_length: int, count: int, seed: list[int], rank: int = 0, world_size: int = 1
+) -> dict[str, torch.Tensor]:
+    """One batch: `count` windows of different scans, at random starts; process `rank`'s share of one common draw.
+
+    Different scans matter twice: the gradient sees more people, and dead codes are revived from several of them.
+    Everything follows from `seed`, so a resumed run sees the same data.
+    """
+    rng = np.random.default_rng(seed)
+    wanted = count * world_size
+    chosen = np.concatenate([rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))])[:wanted]
+    starts = [rng.integers(0, len(scans.series[i]) - window_length + 1) for i in chosen]
+    mine = range(rank * count, (rank + 1) * count)
+    values = [scans.series[chosen[k]][starts[k] : starts[k] + window_length] for k in mine]
+    return {
+        "input_values": torch.from_numpy(np.stack(values)),  # (batch, time, regions)
+        "region_mask": torch.from_numpy(np.stack([scans.region_masks[chosen[k]] for k in mine])),
+    }
+
+
+def whole_windows(scans: PreparedScans, window_length: int, batch_size: int, limit: int | None = None):
+    """Batches of the non-overlapping windows from sample 0 on, in order; at most `limit` windows."""
+    pairs = [
+        (scan, start)
+        for scan, series in enumerate(scans.series)
+        for start in range(0, len(series) - window_length + 1, window_length)
+    ][:limit]
+    for first in range(0, len(pairs), batch_size):
+        part = pairs[first : first + batch_size]
+        yield {
+            "input_values": torch.from_numpy(np.stack([scans.series[i][s : s + window_length] for i, s in part])),
+            "region_mask": torch.from_numpy(np.stack([scans.region_masks[i] for i, _ in part])),
+        }
+
+
+class TextDomain:
+    """Input embeddings of real text, drawn by capped token frequency.
+
+    No type gets more than 0.5 % of the mass: otherwise a handful of commas and articles would be the text domain.
+    """
+
+    def __init__(self, table: torch.Tensor, counts: torch.Tensor, cap: float = 0.005):
+        if len(counts) != len(table):
+            raise TrainingError(
+                f"token_counts.safetensors holds {len(counts)} tokens, the embedding table {len(table)}: not of one model."
+            )
+        share = counts.double() / counts.sum()
+        for _ in range(50):  # capping raises the others' shares; a few rounds settle it
+            share = share.clamp(max=cap)
+            share = share / share.sum()
+        self.table = table.detach()
+        self.cumulative = share.cumsum(0).numpy()
+
+    def draw(self, count: int, seed: list[int]) -> torch.Tensor:
+        """`count` rows of the table, float32 (count, width)."""
+        ids = np.searchsorted(self.cumulative, np.random.default_rng(seed).random(count))
+        return self.table[torch.from_numpy(ids.clip(max=len(self.table) - 1))]

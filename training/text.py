@@ -1,0 +1,168 @@
+"""`cortexicon train text CONFIG`: the text side, which comes first.
+
+Offline: a byte-level BPE tokenizer and a small GPT-2, trained on local text. With a network: any causal language model
+of the Hub (`model_id`). Leaves in `output` the model, its tokenizer, and how often each token occurs in the corpus
+(`token_counts.safetensors`): the text domain that the codec is aligned with.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from .arguments import load_arguments
+from .callbacks import (
+    TrainingLog,
+    check_resumable,
+    learning_rate_at,
+    load_state,
+    prepare_output,
+    progress,
+    remove_state,
+    save_state,
+    write_run_facts,
+)
+from .corpus import local_corpus
+
+END = "<|endoftext|>"
+
+
+@dataclass
+class TextArguments:
+    """Arguments of `cortexicon train text`; see training/configs/demo_text.yaml for what each does."""
+
+    output: str
+    model_id: str | None = None
+    text_files: list = field(default_factory=list)
+    max_characters: int = 1_500_000
+    sentences: int = 8000
+    vocab_size: int = 4096
+    model: dict = field(default_factory=dict)
+    max_steps: int = 300
+    batch_size: int = 16
+    sequence_length: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 30
+    log_steps: int = 10
+    save_steps: int = 200
+    seed: int = 0
+    cpu: bool = False
+    resume: bool = False
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `vocab_size` tokens with GPT-2's splitting rule."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(documents, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=END)
+
+
+def main(argv: list[str]) -> int:
+    """Run the text stage; `argv` is CONFIG followed by key=value overrides."""
+    arguments = load_arguments(TextArguments, argv)
+    output = Path(arguments.output)
+    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    if accelerator.is_main_process:
+        prepare_output(output, arguments.resume)
+        if arguments.resume:
+            check_resumable(output, arguments)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(arguments.seed)
+
+    documents, sources = local_corpus(
+        arguments.text_files, arguments.max_characters, arguments.sentences, arguments.seed
+    )
+    if arguments.model_id:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.model_id)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model_id, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(documents, arguments.vocab_size)
+        end = tokenizer.eos_token_id
+        model = GPT2LMHeadModel(
+            GPT2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **arguments.model)
+        )
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = np.concatenate(
+        [tokenizer(text, add_special_tokens=False)["input_ids"] + separator for text in documents]
+    ).astype(np.int64)
+    if len(ids) <= arguments.sequence_length:
+        raise ValueError(f"The corpus holds {len(ids)} tokens, fewer than one sequence of {arguments.sequence_length}.")
+    counts = torch.bincount(torch.from_numpy(ids), minlength=model.get_input_embeddings().weight.shape[0])
+    held_out = ids[-len(ids) // 20 :]  # the last twentieth: sentences about scans
+    ids = ids[: -len(ids) // 20]
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95))
+    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
+    steps = 0 if arguments.model_id else arguments.max_steps
+    parameters = sum(p.numel() for p in model.parameters())
+    if accelerator.is_main_process:
+        write_run_facts(
+            output, "text", arguments, sources=sources, corpus_tokens=len(ids), parameters=parameters
+        )
+    log = TrainingLog(output, accelerator.is_main_process, first, seconds)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+
+    def windows(source, count, step):
+        rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
+        starts = rng.integers(0, len(source) - arguments.sequence_length, count)
+        rows = np.stack([source[s : s + arguments.sequence_length] for s in starts])
+        return torch.from_numpy(rows).to(accelerator.device)
+
+    bar = progress(first, steps, "train text", accelerator)
+    for step in bar:
+        torch.manual_seed(arguments.seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, arguments.learning_rate, arguments.warmup_steps, steps)
+        rows = windows(ids, arguments.batch_size, step)
+        loss = model(input_ids=rows, labels=rows).loss
+        accelerator.backward(loss)
+        gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % arguments.log_steps == 0 or step + 1 == steps:
+            log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        if (step + 1) % arguments.save_steps == 0 and accelerator.is_main_process:
+            save_state(output, accelerator.unwrap_model(model), optimizer.optimizer, step + 1, log.seconds)
+
+    model = accelerator.unwrap_model(model).eval()
+    with torch.no_grad():
+        rows = windows(held_out, 2 * arguments.batch_size, steps)
+        held_out_loss = float(model(input_ids=rows, labels=rows).loss)
+    if accelerator.is_main_process:
+        log.write(steps, eval_loss=held_out_loss)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+        save_file({"counts": counts}, output / "token_counts.safetensors")
+        write_run_facts(
+            output,
+            "text",
+            arguments,
+            sources=sources,
+            corpus_tokens=len(ids),
+            parameters=parameters,
+            seconds=log.seconds,
+            eval_loss=held_out_loss,
+        )
+        remove_state(output)
+        print(f"Language model and tokenizer ({parameters / 1e6:.1f} M parameters) in {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
