@@ -111,8 +111,7 @@ def checked_coordinates(coordinates: Any, where: str = "") -> np.ndarray:
     if len(bad):
         raise TokenizationError(
             f"{where}region_coordinates must be mm in MNI space (at most {_LARGEST_COORDINATE:g} "
-            "from "
-            f"the origin), found {array[bad[0]].tolist()} in row {bad[0]}"
+            f"from the origin), found {array[bad[0]].tolist()} in row {bad[0]}"
         )
     return array
 
@@ -136,8 +135,7 @@ def _check_count(
     if shape[0] == expected:
         raise TokenizationError(
             f"{where}expected (time, {expected} regions of {name}), found shape {shape}, which "
-            "looks "
-            f"like (regions, time); pass the transposed array"
+            f"looks like (regions, time); pass the transposed array"
         )
     raise TokenizationError(
         f"{where}expected {expected} regions of {name}, found {shape[1]} columns; extract the time "

@@ -79,7 +79,8 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         scaling_scale: Any = None,
         **kwargs: Any,
     ) -> None:
-        own = list(self.__init__.__code__.co_varnames[1 : self.__init__.__code__.co_argcount])
+        code = AVQFeatureExtractor.__init__.__code__
+        own = code.co_varnames[1 : code.co_argcount]
         for key in sorted(set(kwargs) - _BASE_KEYS):
             near = difflib.get_close_matches(key, own, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(own)}"
@@ -105,12 +106,8 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         if scaling not in ("zscore", "population"):
             raise TokenizationError(f"scaling must be 'zscore' or 'population', found {scaling!r}")
         self.scaling = scaling
-        self.scaling_center = (
-            None if scaling_center is None else np.asarray(scaling_center, dtype=float).tolist()
-        )
-        self.scaling_scale = (
-            None if scaling_scale is None else np.asarray(scaling_scale, dtype=float).tolist()
-        )
+        self.scaling_center = None if scaling_center is None else list(map(float, scaling_center))
+        self.scaling_scale = None if scaling_scale is None else list(map(float, scaling_scale))
         counts = {
             name: len(getattr(self, name))
             for name in ("region_labels", "region_coordinates", "scaling_center", "scaling_scale")
@@ -139,10 +136,8 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
 
         Parameters
         ----------
-        atlas : str
-        region_labels : list of str
-        region_coordinates : array-like, float, shape (regions, 3)
-            mm, MNI.
+        atlas, region_labels, region_coordinates
+            As in the class; all three are needed.
 
         Raises
         ------
@@ -189,8 +184,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         resample : bool
             False: another `tr` than `sampling_interval` is an error.
         remainder : {"drop", "pad"}
-            What happens to samples after the last whole window: left out, or one more window whose
-            tail is 0 and False in `time_mask`.
+            Samples after the last whole window: left out, or one more window, padded with 0.
         window_starts : list of int, or one such list per scan, optional
             Cut windows at these samples (at the sampling interval) instead of from 0 on.
         return_tensors : {"pt", "np", None}
@@ -215,21 +209,13 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         scans = list(fmri) if isinstance(fmri, (list, tuple)) else [fmri]
         if not scans:
             raise TokenizationError("expected at least one scan, found an empty list")
-        intervals = list(tr) if isinstance(tr, (list, tuple, np.ndarray)) else [tr] * len(scans)
-        if len(intervals) != len(scans):
-            raise TokenizationError(
-                f"expected one tr per scan, found {len(intervals)} for {len(scans)}"
-            )
-        starts = [window_starts] * len(scans)
+        intervals = _one_per_scan("tr", tr, len(scans))
+        starts: list[Any] = [window_starts] * len(scans)
         if window_starts is not None and len(window_starts) and not np.isscalar(window_starts[0]):
-            starts = list(window_starts)
-            if len(starts) != len(scans):
-                raise TokenizationError(
-                    f"expected one list of window_starts per scan, found {len(starts)} for "
-                    f"{len(scans)}"
-                )
+            starts = _one_per_scan("list of window_starts", list(window_starts), len(scans))
 
-        windows, time_masks, region_masks, num_windows = [], [], [], []
+        windows: list[np.ndarray] = []
+        time_masks, region_masks, num_windows = [], [], []
         for index, (scan, interval) in enumerate(zip(scans, intervals, strict=True)):
             where = f"scan {index}: " if len(scans) > 1 else ""
             values, region_mask = self.prepare_scan(
@@ -320,7 +306,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
     def _checked_scan(
         self, x: Any, tr: float | None, columns: Columns, resample: bool, where: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Everything of :meth:`prepare_scan` but the scaling; float64, masked regions undefined."""
+        """All of :meth:`prepare_scan` but the scaling; float64, masked regions undefined."""
         series = as_series(x, where)
         interval = checked_interval("tr", tr, where)
         order, _ = match_columns(series.shape, self._columns, self.num_regions, columns, where)
@@ -339,9 +325,9 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         needed = self.patch_length * self.sampling_interval
         if len(series) * interval < needed - _INTERVAL_TOLERANCE:
             raise TokenizationError(
-                f"{where}expected at least one patch of {self.patch_length} samples ({needed:g} "
-                "s), "
-                f"found {len(series)} samples of {interval:g} s ({len(series) * interval:g} s)"
+                f"{where}expected at least one patch of {self.patch_length} samples "
+                f"({needed:g} s), found {len(series)} samples of {interval:g} s "
+                f"({len(series) * interval:g} s)"
             )
         if not same_interval:
             series = resample_series(series, interval, self.sampling_interval)
@@ -386,11 +372,9 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         TokenizationError
             No scans, a bad scan, or a region that is masked in all of them.
         """
-        intervals = list(tr) if isinstance(tr, (list, tuple, np.ndarray)) else [tr] * len(scans)
-        if not len(scans) or len(intervals) != len(scans):
-            raise TokenizationError(
-                f"expected scans and one tr for each, found {len(scans)} and {len(intervals)}"
-            )
+        if not len(scans):
+            raise TokenizationError("expected training scans, found an empty list")
+        intervals = _one_per_scan("tr", tr, len(scans))
         columns = Columns(atlas, region_labels, None)
         prepared = [
             self._checked_scan(scan, interval, columns, True, f"scan {index}: ")
@@ -400,6 +384,17 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         self.scaling = "population"
         self.scaling_center, self.scaling_scale = center, scale
         return self
+
+
+def _one_per_scan(name: str, value: Any, num_scans: int) -> list[Any]:
+    """A list as it is, when it has one entry per scan; a single value once per scan."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return [value] * num_scans
+    if len(value) != num_scans:
+        raise TokenizationError(
+            f"expected one {name} per scan, found {len(value)} for {num_scans} scans"
+        )
+    return list(value)
 
 
 AVQFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")

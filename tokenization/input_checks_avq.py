@@ -48,8 +48,7 @@ def checked_interval(name: str, value: Any, where: str = "") -> float:
     if value is None:
         raise TokenizationError(
             f"{where}{name} is missing: give the repetition time in seconds, e.g. {name}=2.0 "
-            "(BIDS: "
-            f"RepetitionTime); it is never guessed"
+            f"(BIDS: RepetitionTime); it is never guessed"
         )
     number = (int, float, np.integer, np.floating)
     if not isinstance(value, number) or isinstance(value, bool):
@@ -75,8 +74,7 @@ def check_magnitude(series: np.ndarray, labels: Sequence[str] | None, where: str
         raise TokenizationError(
             f"{where}expected values below {_LARGEST_VALUE:g}, found {series[sample, region]:g} at "
             f"sample {sample}, region {region_name(labels, region)} ({len(bad)} such values); "
-            "the file "
-            f"is damaged or was divided by almost zero: extract this scan again"
+            f"the file is damaged or was divided by almost zero: extract this scan again"
         )
 
 
@@ -98,6 +96,6 @@ def warn_of_outliers(values: np.ndarray, labels: Sequence[str] | None, where: st
             )
 
 
-def region_name(labels: Sequence[str] | None, region: int) -> str:
+def region_name(labels: Sequence[str] | None, region: int | np.integer) -> str:
     """How a message names a region."""
-    return f"{int(region)}" if labels is None else f"{int(region)} ({labels[region]})"
+    return f"{int(region)}" if labels is None else f"{int(region)} ({labels[int(region)]})"

@@ -159,8 +159,7 @@ class AVQProcessor(ProcessorMixin):
         if tokens is not None and array.shape[1] != tokens:
             raise TokenizationError(
                 f"{where}expected {tokens} tokens per window, found {array.shape[1]}; these "
-                "codes come "
-                f"from another checkpoint"
+                f"codes come from another checkpoint"
             )
         return self._block(self.tokenizer.codes_to_ids(array).tolist())
 

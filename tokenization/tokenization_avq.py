@@ -122,9 +122,14 @@ class AVQTokenizer(PreTrainedTokenizerFast):
         backend.add_special_tokens(
             [AddedToken(token, special=True, normalized=False) for token in new]
         )
-        first = backend.token_to_id(new[0])
-        if backend.token_to_id(new[-1]) != first + len(new) - 1:
-            raise TokenizationError("the text vocabulary has gaps: the code ids are not contiguous")
+        ids = backend.get_vocab(with_added_tokens=True)
+        first = ids[new[0]]
+        if [ids[token] for token in new] != list(range(first, first + len(new))):
+            raise TokenizationError(
+                "expected one contiguous block of new ids, found gaps: the text tokenizer "
+                "numbers its "
+                "added tokens irregularly; save it again with save_pretrained, or use another one"
+            )
         fmri_offset = first + len(MARKERS)
 
         named = {

@@ -52,8 +52,7 @@ def cut_windows(
             f"({length * sampling_interval:g} "
             f"s), found {available} samples at {sampling_interval:g} s "
             f"({available * sampling_interval:g} s); use remainder='pad' to pad the window, or "
-            "leave "
-            f"the scan out"
+            f"leave the scan out"
         )
     if starts is None:
         starts = range(0, last + 1, length)
@@ -111,7 +110,6 @@ def robust_statistics(
         if scale[-1] <= 0:
             raise TokenizationError(
                 f"region {region_name(labels, region)} is constant in more than half of the "
-                "training "
-                f"samples, so it cannot be scaled; leave it out of the atlas"
+                f"training samples, so it cannot be scaled; leave it out of the atlas"
             )
     return center, scale
