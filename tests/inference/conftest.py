@@ -34,7 +34,7 @@ def make_codec(seed: int) -> AVQModel:
             atlas="toy",
         )
     ).eval()
-    # Start the codebook on what the encoder makes of noise, so that different scans get different codes.
+    # Start the codebook on what the encoder makes of noise: different scans get different codes.
     latents = []
     hook = model.quantizer.register_forward_pre_hook(lambda _, inputs: latents.append(inputs[0]))
     with torch.no_grad():
@@ -52,7 +52,7 @@ def cohort():
     lengths = {"a": 100, "b": 85, "c": 130, "short": 30, "d": 45, "e": 90, "f": 81}
     return cohort_from_series(
         ParcelSeries(
-            generator.normal(100, 5, (length, REGIONS)).cumsum(axis=0).astype(np.float32),
+            generator.normal(100, 5, (length, REGIONS)).astype(np.float32),
             [f"region {i}" for i in range(REGIONS)],
             coordinates,
             "toy",
