@@ -100,7 +100,11 @@ SITES = (
 
 
 def haemodynamic_response() -> np.ndarray:
-    """Double-gamma response (Glover 1999 parameters), sampled every 0.1 s, unit sum of squares."""
+    """Double-gamma response, (lags,), sampled every 0.1 s, with unit sum of squares.
+
+    Peak at 5 s, undershoot at 15 s with 0.35 of the peak's area. The usual canonical response has a
+    smaller undershoot; this one leaves more power between 0.02 and 0.1 Hz.
+    """
     t = np.arange(0.0, HRF_LENGTH_S, STEP_S)
     with np.errstate(divide="ignore"):
         peak = np.exp(5 * np.log(t / 5) - (t - 5))
@@ -162,7 +166,7 @@ def simulate_cohort(
     num_subjects : int
         Participants, spread evenly over the sites.
     num_regions : int
-        Regions, 28 to 229, from seven networks.
+        Regions, 28 to 193, from seven networks.
     seed : int
         The same seed gives the same cohort, bit for bit on one machine.
     effect : float

@@ -145,7 +145,8 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path, memory_map=True)
     except (pa.ArrowInvalid, OSError) as error:
-        first = path.open("rb").read(8)
+        with path.open("rb") as file:
+            first = file.read(8)
         raise CohortError(
             f"{path}: expected a Parquet file, found {size} bytes that are truncated or corrupted "
             f"(first bytes {first!r}; {str(error).splitlines()[0]}). Copy the file again."

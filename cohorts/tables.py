@@ -57,7 +57,9 @@ def read_table(path: Path) -> pd.DataFrame:
             "Save the table tab-separated."
         )
     numeric = [name for name in header if is_number(name)]
-    if numeric and len(numeric) * 2 >= len(header):
+    # "region 0 1 2 ..." is the header of a table with regions in rows and time in columns.
+    counted = header[1:] in ([str(i + k) for i in range(len(header) - 1)] for k in (0, 1))
+    if numeric and len(numeric) * 2 >= len(header) and not counted:
         raise CohortError(
             f"{path}, line 1: expected a header with column names, found numbers "
             f"({some(numeric, 3)}): no header. Add a first line with the column names."
