@@ -52,14 +52,14 @@ ifeq ($(strip $(COHORT)),)
 	$(CLI) simulate --out $(DATA) --num-subjects $(SUBJECTS) --seed $(SEED)
 endif
 	$(CLI) split $(DATA) --out $(RUN)/split.json --scheme $(SCHEME) --seed $(SEED)
-	$(CLI) train text training/configs/$(CONFIGS)_text.yaml --set output_dir=$(RUN)/text
+	$(CLI) train text training/configs/$(CONFIGS)_text.yaml --set output=$(RUN)/text
 	$(CLI) train avq training/configs/$(CONFIGS)_avq.yaml \
-		--set cohort=$(DATA) split=$(RUN)/split.json output_dir=$(RUN)/avq
+		--set cohort=$(DATA) split=$(RUN)/split.json text_model=$(RUN)/text output=$(RUN)/avq
 	$(CLI) train lm training/configs/$(CONFIGS)_lm.yaml \
 		--set cohort=$(DATA) split=$(RUN)/split.json \
-		text_model=$(RUN)/text avq_model=$(RUN)/avq output_dir=$(RUN)/lm
+		text_model=$(RUN)/text avq=$(RUN)/avq output=$(RUN)/lm
 	$(CLI) evaluate $(RUN)/lm $(DATA) --split $(RUN)/split.json --baselines \
-		--json $(RUN)/evaluation.json
+		--json $(RUN)/evaluation/reconstruction.json --predictions $(RUN)/predictions
 	$(CLI) report $(RUN)
 	@echo "report   $(RUN)/report.html"
 	@echo "results  $(RUN)/results.json"

@@ -156,9 +156,14 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, required=True, help="file of scores to write")
     command.add_argument("--split", type=Path, default=None, help="score its held-out parts only")
     command.add_argument(
-        "--baselines",
-        action="store_true",
-        help="fit the baselines on the same folds (needs --split)",
+        "--baselines", action="store_true", help="fit the baselines on the same fold too"
+    )
+    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
+    command.add_argument(
+        "--predictions",
+        type=Path,
+        default=None,
+        help="folder for files of predictions (default: `predictions` beside the JSON file)",
     )
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
     command.set_defaults(run=_evaluate)
@@ -181,18 +186,25 @@ def _add_part(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
 
 
+def _fold_parts(arguments: argparse.Namespace, cohort: "Cohort") -> dict[str, list[str]]:
+    """Parts of the fold asked for: name to subject ids."""
+    from cortexicon.cohorts import CohortError, load_split
+
+    split = load_split(arguments.split, cohort)
+    if not 0 <= arguments.fold < len(split):
+        raise CohortError(
+            f"{arguments.split}: expected --fold in 0..{len(split) - 1}, found {arguments.fold}."
+        )
+    return dict(split[arguments.fold])
+
+
 def _chosen(arguments: argparse.Namespace, cohort: "Cohort") -> list[str] | None:
     """Subject ids of the part asked for, or None for everyone."""
     if arguments.split is None:
         return None
-    from cortexicon.cohorts import CohortError, load_split
+    from cortexicon.cohorts import CohortError
 
-    folds = load_split(arguments.split, cohort).folds
-    if not 0 <= arguments.fold < len(folds):
-        raise CohortError(
-            f"{arguments.split}: expected --fold in 0..{len(folds) - 1}, found {arguments.fold}."
-        )
-    parts = folds[arguments.fold]
+    parts = _fold_parts(arguments, cohort)
     if arguments.part not in parts:
         raise CohortError(
             f"{arguments.split}: expected --part to be one of {', '.join(parts)}, "
@@ -240,7 +252,7 @@ def _train(arguments: argparse.Namespace) -> int:
     import importlib
 
     script = importlib.import_module(f"cortexicon.training.{arguments.what}")
-    resume = ["--resume"] if arguments.resume else []
+    resume = ["resume=true"] if arguments.resume else []
     return int(script.main([arguments.config, *arguments.overrides, *resume]))
 
 
@@ -292,13 +304,19 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from cortexicon._evaluate import evaluate_checkpoint
+    from cortexicon.cohorts import load_cohort
+    from cortexicon.inference import load_checkpoint
 
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    cohort = load_cohort(arguments.cohort)
     evaluate_checkpoint(
-        arguments.checkpoint,
-        arguments.cohort,
+        checkpoint,
+        cohort,
         arguments.json,
-        split_path=arguments.split,
+        parts=None if arguments.split is None else _fold_parts(arguments, cohort),
+        fold=arguments.fold,
         baselines=arguments.baselines,
+        predictions_folder=arguments.predictions or arguments.json.parent / "predictions",
         batch_size=arguments.batch_size,
     )
     print(f"scores -> {arguments.json}")

@@ -142,6 +142,21 @@ def reconstruct_cohort(
             )
 
 
+def cohort_windows(
+    feature_extractor: AVQFeatureExtractor,
+    cohort: Cohort,
+    subject_ids: list[str] | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (subject_id, windows float32 (windows, time, regions)) as the codec would read them.
+
+    For baselines that must see exactly what the codec sees; scans left out are logged by name.
+    """
+    for scans in _scan_groups(feature_extractor, cohort, subject_ids, 1, None, progress):
+        for scan in scans:
+            yield scan.series.subject_id, scan.values.numpy()
+
+
 def encode_windows(model: AVQModel, scan: _Prepared, batch_size: int) -> np.ndarray:
     """Codes int64 (windows, tokens) of prepared windows, `batch_size` windows at a time."""
     device = next(model.parameters()).device

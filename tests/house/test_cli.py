@@ -72,7 +72,7 @@ def test_train_forwards_config_overrides_and_resume(monkeypatch):
     )
     argv = ["train", "avq", "c.yaml", "--set", "a=1", "b=x=y", "--set", "c=2", "--resume"]
     assert cli.main(argv) == 0
-    assert seen == [["c.yaml", "a=1", "b=x=y", "c=2", "--resume"]]
+    assert seen == [["c.yaml", "a=1", "b=x=y", "c=2", "resume=true"]]
 
 
 @pytest.mark.parametrize("command", ["", "divine", "train"])
