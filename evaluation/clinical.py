@@ -54,7 +54,7 @@ def score_clinical(
         intervals; `gain_share` (share of kernel ridge's gain over the median that the system
         recovers); `mae_bias_corrected`, shown and never ranked, since it uses the true value.
         Classes: `balanced_accuracy`, `auc`, differences of the AUC (above 0 is better).
-        Both: `num_subjects`, `num_invalid`, `by_site`.
+        Both: `num_subjects`, `num_invalid`, `by_site`. What cannot be compared is absent.
 
     Raises
     ------
@@ -118,9 +118,9 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     for system, table in tables.items():
         scores: dict[str, Any] = {"num_subjects": len(table), "num_invalid": invalid[system]}
         if len(table):
-            scores |= score_one(
-                table, tables.get(floor), tables.get(reference), num_resamples, seed
-            )
+            # Comparing a system with itself says nothing.
+            compared = [tables.get(name) if name != system else None for name in (floor, reference)]
+            scores |= score_one(table, *compared, num_resamples, seed)
             scores["by_site"] = _by_site(table, numeric)
         systems[system] = scores
     key, sign = ("mae", 1.0) if numeric else ("auc", -1.0)
@@ -220,11 +220,17 @@ def _score_classes(
     seed: int,
 ) -> dict[str, Any]:
     y, y_hat = table["y"].to_numpy(str), table["y_hat"].to_numpy(str)
+    # Whole numbers instead of strings: the bootstrap compares them a thousand times.
+    _, coded = np.unique(np.r_[y, y_hat], return_inverse=True)
+    truth_code, answer_code = coded[: len(y)], coded[len(y) :]
     scores: dict[str, Any] = {
         "balanced_accuracy": balanced_accuracy(y, y_hat),
         "balanced_accuracy_interval": list(
             bootstrap_interval(
-                lambda rows: balanced_accuracy(y[rows], y_hat[rows]), len(y), num_resamples, seed
+                lambda rows: balanced_accuracy(truth_code[rows], answer_code[rows]),
+                len(y),
+                num_resamples,
+                seed,
             )
         ),
         "auc": _auc(table),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from .errors import EvaluationError
+from .rate_distortion import gaussian_reference
 from .reconstruction import ReconstructionScores
 
 
@@ -55,7 +56,8 @@ def tokenizer_baseline(
     -------
     dict
         `ReconstructionScores.results()` plus `system`, `num_components`, `patch_length`,
-        `seconds` and `variance_of_components` (the R2 that PCA alone would allow on training data).
+        `seconds`, `variance_of_components` (the R2 that PCA alone would allow on training data) and
+        `gaussian_reference` (see `rate_distortion.py`) at the same number of bits.
 
     Raises
     ------
@@ -132,6 +134,9 @@ def tokenizer_baseline(
     return {
         "system": f"spatial PCA {num_components} + k-means",
         **scores.results(),
+        "gaussian_reference": gaussian_reference(
+            (windows for _, windows in train), scores.tokens_per_window * np.log2(scores.num_codes)
+        ),
         "num_components": num_components,
         "patch_length": patch_length,
         "variance_of_components": float(

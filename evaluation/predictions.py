@@ -132,8 +132,9 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
     truth = rows.groupby(["subject_id", "target"])["y"].agg(lambda values: len(set(values)))
     if (truth > 1).any():
         rows = _agreed_truth(rows, list(truth.index[truth > 1]))
-    sites = rows[rows["site"] != ""].drop_duplicates("subject_id").set_index("subject_id")["site"]
-    rows["site"] = rows["subject_id"].map(sites).fillna("")
+    named = rows[rows["site"] != ""]
+    sites = dict(zip(named["subject_id"], named["site"], strict=True))
+    rows["site"] = [sites.get(name, "") for name in rows["subject_id"]]
     return rows
 
 

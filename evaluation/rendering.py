@@ -122,8 +122,8 @@ def finish(axes: Axes, title: str, x_label: str, y_label: str, legend: bool = Tr
 
 
 def draw_codec_training(log: list[dict[str, Any]]) -> Figure:
-    """The codec's losses, held-out R2, and the codebook's use over training."""
-    figure, ((losses, quality, codebook),) = new_figure(3.2, 1, 3)
+    """The codec's losses, held-out R2, usage and perplexity of the codebook over training."""
+    figure, ((losses, quality), (codebook, evenness)) = new_figure(5.2, 2, 2)
     names = ("reconstruction", "commitment", "spectrum", "connectivity", "domain")
     for name, colour in zip(names, PALETTE, strict=False):
         curve(losses, log, f"{name}_loss", name, colour)
@@ -136,6 +136,8 @@ def draw_codec_training(log: list[dict[str, Any]]) -> Figure:
     curve(codebook, log, "eval_usage", "of the validation part", BLUE)
     codebook.set_ylim(0, 1.02)
     finish(codebook, "Codebook usage", "training step", "share of codes used")
+    curve(evenness, log, "perplexity", "perplexity", PURPLE)
+    finish(evenness, "Codebook perplexity", "training step", "perplexity (codes)", legend=False)
     return figure
 
 

@@ -95,6 +95,7 @@ def draw_systems(scored: dict[str, Any], target: str) -> Figure | None:
                 textcoords="offset points",
                 ha="center",
                 fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85},
             )
         floor = of_part["systems"].get(NUMERIC_FLOOR, {}).get("mae") if numeric else 0.5
         if floor is not None:

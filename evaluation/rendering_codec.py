@@ -141,7 +141,7 @@ def draw_connectivity(examples: Examples) -> Figure:
             fisher_z(examples["reconstruction_0"].astype(np.float64), valid),
         ),
     ]
-    figure, axes = new_figure(6.9, 2, 3)
+    figure, axes = new_figure(6.4, 2, 3)
     limit = float(np.nanpercentile(np.abs(np.concatenate([r[1] for r in rows])), 99))
     for row, (title, before, after) in enumerate(rows):
         for column, (vector, what) in enumerate(
@@ -195,7 +195,7 @@ def draw_brain(examples: Examples) -> Figure:
     )
     axis_names = "x (mm)", "y (mm)", "z (mm)"
     for panel, (direction, title, across, up, shown) in zip(panels, views, strict=True):
-        plot_brain_schematics(panel, direction, black_bg=False, alpha=0.5)
+        plot_brain_schematics(panel, direction, alpha=0.6, linewidth=0.8)
         # What lies nearest to the viewer is drawn last.
         depth = {"l": -places[:, 0], "r": places[:, 0], "z": places[:, 2], "y": -places[:, 1]}
         order = np.flatnonzero(shown)[np.argsort(depth[direction][shown])]

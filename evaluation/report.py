@@ -173,13 +173,20 @@ def _summary(results: dict[str, Any]) -> list[str]:
                 sentences += _clinical_sentences(
                     target, scored["kind"], scored["parts"][part], name
                 )
+    unread = [
+        target
+        for target, scored in results["clinical"].items()
+        if not any(models_of(of_part) for of_part in scored["parts"].values())
+    ]
+    if unread:
+        sentences.append(f"Only baselines predicted {', '.join(unread)}; no model did in this run.")
     return sentences or ["This run holds nothing that could be scored yet."]
 
 
 def _clinical_sentences(target: str, kind: str, of_part: dict[str, Any], name: str) -> list[str]:
     systems, models = of_part["systems"], models_of(of_part)
     if not models or systems[models[0]].get("num_subjects", 0) == 0:
-        return [f"{target}, {name}: no model predicted it in this run, only baselines did."]
+        return []
     best = systems[models[0]]
     who = f"{target}, {name} ({best['num_subjects']} people): '{models[0]}'"
     if kind == "classes":
@@ -194,8 +201,8 @@ def _clinical_sentences(target: str, kind: str, of_part: dict[str, Any], name: s
         )
     if best.get("gain_share") is not None:
         sentence += f". It recovers {percent(best['gain_share'])} of kernel ridge's gain"
-    low = (best.get("difference_to_floor_interval") or [None, None])[1]
-    if low is not None and low >= 0:
+    _, highest = best.get("difference_to_floor_interval") or (None, None)
+    if highest is not None and highest >= 0:
         sentence += "; it is not reliably better than the median"
     return [sentence + "."]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from scipy.stats import rankdata
 
 from .errors import EvaluationError
 
@@ -170,8 +169,9 @@ def prediction_r2(y: np.ndarray, y_hat: np.ndarray) -> float:
 
 def balanced_accuracy(y: np.ndarray, y_hat: np.ndarray) -> float:
     """Mean over the true classes of the share answered correctly."""
-    y, y_hat = np.asarray(y), np.asarray(y_hat)
-    return float(np.mean([(y_hat[y == label] == label).mean() for label in np.unique(y)]))
+    _, label = np.unique(np.asarray(y), return_inverse=True)
+    right = np.bincount(label, weights=np.asarray(y) == np.asarray(y_hat))
+    return float((right / np.bincount(label)).mean())
 
 
 def area_under_curve(is_positive: np.ndarray, score: np.ndarray) -> float:
@@ -183,10 +183,11 @@ def area_under_curve(is_positive: np.ndarray, score: np.ndarray) -> float:
     n_positive, n_negative = int(positive.sum()), int((~positive).sum())
     if not n_positive or not n_negative or not np.isfinite(score).all():
         return float("nan")
-    ranks = rankdata(score)
-    return float(
-        (ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative)
-    )
+    levels, level = np.unique(score, return_inverse=True)
+    positives = np.bincount(level[positive], minlength=len(levels))
+    negatives = np.bincount(level[~positive], minlength=len(levels))
+    below = np.cumsum(negatives) - negatives
+    return float((positives * (below + 0.5 * negatives)).sum() / (n_positive * n_negative))
 
 
 def bootstrap_interval(
