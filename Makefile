@@ -42,7 +42,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing cortexicon and its tested dependencies into $(VENV) (one to three minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 		-e '.[dev,all]' -c constraints.txt
 	@touch $(STAMP)
 
@@ -75,7 +75,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@rm -rf $(VENV)/typecheck
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps \
 		--target $(VENV)/typecheck .
 	cd $(VENV)/typecheck && MYPYPATH=. ../bin/python -m mypy \
 		--config-file $(CURDIR)/pyproject.toml -p cortexicon

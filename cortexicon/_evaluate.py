@@ -1,5 +1,7 @@
 """`cortexicon evaluate`: a checkpoint, a cohort and a split in; one JSON file of scores out."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,8 @@ def _score_codec(
         examples_path=json_path.parent / "reconstruction_examples.npz",
     )
     scores["usage"] = scores["codebook"]["usage"]
+    scores["command"] = shlex.join(["cortexicon", *sys.argv[1:]])
+    scores["atlas"] = cohort.atlas
     scores["checkpoint"] = checkpoint.folder.name
     scores["codebook_fingerprint"] = checkpoint.codec.codebook_fingerprint()
     scores["cohort_hash"] = cohort.content_hash

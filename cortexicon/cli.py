@@ -323,10 +323,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from cortexicon._cards import write_cards
     from cortexicon.evaluation import collect_results, write_report
 
-    collect_results(arguments.folder)
+    results = collect_results(arguments.folder)
     write_report(arguments.folder)
+    for card in write_cards(arguments.folder, results):
+        print(f"card    -> {card}")
     print(f"report  -> {arguments.folder / 'report.html'}")
     print(f"results -> {arguments.folder / 'results.json'}")
 
