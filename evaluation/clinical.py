@@ -54,7 +54,7 @@ def score_clinical(
         intervals; `gain_share` (share of kernel ridge's gain over the median that the system
         recovers); `mae_bias_corrected`, shown and never ranked, since it uses the true value.
         Classes: `balanced_accuracy`, `auc`, differences of the AUC (above 0 is better).
-        Both: `num_subjects`, `num_invalid`, `by_site`. What cannot be compared is absent.
+        Both: `num_subjects`, `num_invalid`, `free_answers_valid`, `by_site`. What cannot be compared is absent.
 
     Raises
     ------
@@ -117,6 +117,9 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     systems: dict[str, dict[str, Any]] = {}
     for system, table in tables.items():
         scores: dict[str, Any] = {"num_subjects": len(table), "num_invalid": invalid[system]}
+        free = table["free_answer_valid"].dropna()
+        if len(free):
+            scores["free_answers_valid"] = float(free.mean())
         if len(table):
             # Comparing a system with itself says nothing.
             compared = [tables.get(name) if name != system else None for name in (floor, reference)]

@@ -1,4 +1,4 @@
-"""Connectivity features of a cohort, for the classical baselines."""
+"""Connectivity over many scans: features of a cohort, and means with missing pairs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,29 @@ from .scores import fisher_z, valid_regions
 
 if TYPE_CHECKING:
     from cortexicon.cohorts import Cohort
+
+
+class RunningMean:
+    """Mean of vectors that come one by one; a missing entry (NaN) does not count."""
+
+    def __init__(self) -> None:
+        self.total: np.ndarray | None = None
+        self.count: np.ndarray | None = None
+
+    def add(self, values: np.ndarray) -> None:
+        known = np.isfinite(values)
+        if self.total is None or self.count is None:
+            self.total = np.zeros(len(values))
+            self.count = np.zeros(len(values), np.int64)
+        self.total += np.where(known, values, 0.0)
+        self.count += known
+
+    def mean(self) -> np.ndarray:
+        assert self.total is not None
+        assert self.count is not None
+        return np.divide(
+            self.total, self.count, out=np.full(len(self.total), np.nan), where=self.count > 0
+        )
 
 
 def connectivity_features(cohort: Cohort, subject_ids: list[str]) -> np.ndarray:

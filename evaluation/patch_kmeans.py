@@ -10,7 +10,7 @@ others, which gives each centre twice the data (held-out R2 on the real cohort 0
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +31,7 @@ def tokenizer_baseline(
     iterations: int = 6,
     max_patches: int = 700_000,
     seed: int = 0,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Fit spatial PCA and k-means on training windows and score them on held-out windows.
 
@@ -51,13 +52,15 @@ def tokenizer_baseline(
     max_patches : int
         Training patches are drawn at random above this number, to bound the time.
     seed : int
+    groups : mapping, optional
+        Subject id -> group, for R2 within groups of subjects.
 
     Returns
     -------
     dict
         `ReconstructionScores.results()` plus `system`, `num_components`, `patch_length`,
         `seconds`, `variance_of_components` (the R2 that PCA alone would allow on training data) and
-        `gaussian_reference` (see `rate_distortion.py`) at the same number of bits.
+        `gaussian_reference_r2` (see `rate_distortion.py`) at the same number of bits.
 
     Raises
     ------
@@ -133,8 +136,8 @@ def tokenizer_baseline(
         scores.add(rebuild(name, windows))
     return {
         "system": f"spatial PCA {num_components} + k-means",
-        **scores.results(),
-        "gaussian_reference": gaussian_reference(
+        **scores.results(groups=groups),
+        "gaussian_reference_r2": gaussian_reference(
             (windows for _, windows in train), scores.tokens_per_window * np.log2(scores.num_codes)
         ),
         "num_components": num_components,

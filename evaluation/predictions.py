@@ -4,7 +4,8 @@ CSV with a header: `subject_id,y,y_hat,system,target,fold,part`, one row per sub
 `part` is validation, test, test_sites, or all (predicted without a split). For classes y and y_hat
 are labels, and the column `score` is higher the more likely the class that sorts last. A column
 `site` is optional; one file that has it serves all (the per-site table needs it). An empty y_hat
-is an invalid answer.
+is an invalid answer; `free_answer_valid`, optional too, is the share of a subject's answers that
+were valid before a grammar was laid over them.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pandas as pd
 from .errors import EvaluationError
 
 COLUMNS = ["subject_id", "y", "y_hat", "system", "target", "fold", "part"]
+OPTIONAL_COLUMNS = ["score", "site", "free_answer_valid"]
 PARTS = ("validation", "test", "test_sites", "all")
 
 
@@ -77,7 +79,7 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        Columns of the format plus `score` and `site` (NaN/empty where unknown), y and y_hat as
+        Columns of the format with the optional ones (NaN or empty where unknown), y and y_hat as
         strings, one row per subject, system, target and part.
 
     Raises
@@ -111,11 +113,12 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
                 f"{path}: {len(unlabelled)} rows have no true value y, the first for subject "
                 f"{unlabelled.iloc[0]}; leave out subjects whose target is unknown."
             )
-        for name in ("score", "site"):
+        for name in OPTIONAL_COLUMNS:
             if name not in table:
                 table[name] = ""
-        table["score"] = pd.to_numeric(table["score"], errors="coerce")
-        tables.append(table[[*COLUMNS, "score", "site"]].assign(file=str(path)))
+        for name in ("score", "free_answer_valid"):
+            table[name] = pd.to_numeric(table[name], errors="coerce")
+        tables.append(table[[*COLUMNS, *OPTIONAL_COLUMNS]].assign(file=str(path)))
     if not tables:
         raise EvaluationError("No file of predictions was given; expected at least one CSV file.")
     rows = pd.concat(tables, ignore_index=True)

@@ -8,13 +8,14 @@ the person, since the group's mean matrix alone already correlates highly with e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
+from .connectivity import RunningMean
 from .errors import EvaluationError
 from .scores import (
     bootstrap_interval,
@@ -48,29 +49,6 @@ class ReconstructedScan(Protocol):
     codes: np.ndarray
 
 
-class _MeanMatrix:
-    """Running mean of vectors with missing entries."""
-
-    def __init__(self) -> None:
-        self.total: np.ndarray | None = None
-        self.count: np.ndarray | None = None
-
-    def add(self, values: np.ndarray) -> None:
-        known = np.isfinite(values)
-        if self.total is None or self.count is None:
-            self.total = np.zeros(len(values))
-            self.count = np.zeros(len(values), np.int64)
-        self.total += np.where(known, values, 0.0)
-        self.count += known
-
-    def mean(self) -> np.ndarray:
-        assert self.total is not None
-        assert self.count is not None
-        return np.divide(
-            self.total, self.count, out=np.full(len(self.total), np.nan), where=self.count > 0
-        )
-
-
 class ReconstructionScores:
     """Accumulates scans and answers with every reconstruction score.
 
@@ -92,7 +70,7 @@ class ReconstructionScores:
         self.num_codes = num_codes
         self.window_seconds = window_seconds
         self.tokens_per_window = tokens_per_window
-        self.training_raw, self.training_decoded = _MeanMatrix(), _MeanMatrix()
+        self.training_raw, self.training_decoded = RunningMean(), RunningMean()
         self.num_training = 0
         self.subject_ids: list[str] = []
         self.sse: list[np.ndarray] = []
@@ -180,13 +158,26 @@ class ReconstructionScores:
         self.raw_power.append(powers[0].mean(axis=1))
         self.decoded_power.append(powers[1].mean(axis=1))
 
-    def results(self, num_resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+    def results(
+        self,
+        num_resamples: int = 1000,
+        seed: int = 0,
+        groups: Mapping[str, str] | None = None,
+    ) -> dict[str, Any]:
         """All scores as plain numbers and lists.
+
+        Parameters
+        ----------
+        num_resamples, seed : int
+            Of the bootstrap.
+        groups : mapping, optional
+            Subject id -> name of a group (such as "TR 2 s"); R2 is pooled within each as well.
 
         Returns
         -------
         dict
             `r2` pooled over scans and regions, with `r2_interval` (bootstrap over subjects);
+            `r2_by_group` {group: {"r2", "r2_interval", "num_subjects"}} with `groups`;
             `r2_per_subject` {id: R2}; `r2_per_region` list; `connectivity` (median over scans of
             the correlation with the raw matrix, for the full matrix, for the deviation from the
             training mean, and for the training mean alone); `spectrum_error_db`; `power_kept`;
@@ -213,8 +204,21 @@ class ReconstructionScores:
         per_subject = r2_from_sums(scan_sse, scan_sst)
         raw_power, decoded_power = np.array(self.raw_power), np.array(self.decoded_power)
         bits = float(np.log2(self.num_codes))
+        by_group: dict[str, Any] = {}
+        named = np.array([str((groups or {}).get(name, "")) for name in self.subject_ids])
+        for group in sorted(set(named) - {""}):
+            rows = np.flatnonzero(named == group)
+            interval = bootstrap_interval(
+                lambda drawn, rows=rows: pooled(rows[drawn]), len(rows), num_resamples, seed
+            )
+            by_group[group] = {
+                "r2": pooled(rows),
+                "r2_interval": list(interval),
+                "num_subjects": len(rows),
+            }
         return {
             "r2": pooled(np.arange(len(sse))),
+            **({"r2_by_group": by_group} if by_group else {}),
             "r2_interval": list(bootstrap_interval(pooled, len(sse), num_resamples, seed)),
             "num_subjects": len(sse),
             "num_windows": self.num_windows,
@@ -280,7 +284,7 @@ class ReconstructionScores:
             )
         means = []
         for vectors in (self.raw_z, self.decoded_z):
-            mean = _MeanMatrix()
+            mean = RunningMean()
             for vector in vectors:
                 mean.add(vector)
             means.append(mean.mean())
@@ -331,6 +335,7 @@ def evaluate_reconstruction(
     regions: pd.DataFrame,
     items_test_sites: Iterable[ReconstructedScan] = (),
     examples_path: str | Path | None = None,
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a codec on held-out scans, and on scans of sites it never saw.
 
@@ -348,6 +353,8 @@ def evaluate_reconstruction(
         Scans of held-out sites; scored apart, under the key `test_sites`.
     examples_path : path, optional
         Where to write the examples for the report.
+    groups : mapping, optional
+        Subject id -> group, for R2 within groups of subjects (see `ReconstructionScores.results`).
 
     Returns
     -------
@@ -360,7 +367,7 @@ def evaluate_reconstruction(
         scores.add_training(scan)
     for scan in items_test:
         scores.add(scan)
-    result = scores.results()
+    result = scores.results(groups=groups)
     result["region_labels"] = regions["label"].astype(str).tolist()
     if examples_path is not None:
         scores.write_examples(examples_path, regions)
@@ -371,5 +378,5 @@ def evaluate_reconstruction(
     for scan in items_test_sites:
         unseen.add(scan)
     if unseen.subject_ids:
-        result["test_sites"] = unseen.results()
+        result["test_sites"] = unseen.results(groups=groups)
     return result

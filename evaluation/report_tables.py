@@ -70,8 +70,14 @@ def codec_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                 ],
             }
         )
+    for name, _, scores, ours in entries[:]:
+        for group, found in scores.get("r2_by_group", {}).items():
+            cells = [{"value": "–"} for _ in range(9)]
+            cells[0] = {"value": str(found["num_subjects"])}
+            cells[3] = _cell(found, "r2", _three)
+            rows.append({"name": f"{name}: {group}", "note": "", "ours": ours, "cells": cells})
     for scores in (codec, plain):
-        if scores and scores.get("gaussian_reference") is not None:
+        if scores and scores.get("gaussian_reference_r2") is not None:
             rows.append(
                 {
                     "name": "Gaussian rate-distortion reference",
@@ -82,7 +88,7 @@ def codec_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
                         {"value": "–"},
                         {"value": str(scores["tokens_per_window"])},
                         {"value": number(scores["bits_per_second"], 1)},
-                        {"value": number(scores["gaussian_reference"], 3)},
+                        {"value": number(scores["gaussian_reference_r2"], 3)},
                         *[{"value": "–"}] * 5,
                     ],
                 }
@@ -98,7 +104,7 @@ def target_tables(name: str, scored: dict[str, Any]) -> dict[str, Any]:
     if numeric:
         columns = [
             ("n", lambda s: {"value": str(s["num_subjects"])}),
-            ("invalid answers", lambda s: {"value": str(s["num_invalid"])}),
+            ("invalid answers", _invalid),
             (f"MAE{unit}", lambda s: _cell(s, "mae")),
             ("r", lambda s: _cell(s, "r")),
             ("R²", lambda s: _cell(s, "r2")),
@@ -117,7 +123,7 @@ def target_tables(name: str, scored: dict[str, Any]) -> dict[str, Any]:
     else:
         columns = [
             ("n", lambda s: {"value": str(s["num_subjects"])}),
-            ("invalid answers", lambda s: {"value": str(s["num_invalid"])}),
+            ("invalid answers", _invalid),
             ("AUC", lambda s: _cell(s, "auc")),
             ("balanced accuracy", lambda s: _cell(s, "balanced_accuracy")),
             ("AUC minus SVM's", lambda s: _cell(s, "difference_to_reference")),
@@ -150,6 +156,15 @@ def target_tables(name: str, scored: dict[str, Any]) -> dict[str, Any]:
             }
         )
     return {"name": name, "parts": parts, "note": note}
+
+
+def _invalid(scores: dict[str, Any]) -> Cell:
+    """Invalid answers in the file; below it the rate without a grammar, where it is known."""
+    valid = scores.get("free_answers_valid")
+    return {
+        "value": str(scores["num_invalid"]),
+        "interval": "" if valid is None else f"free text: {percent(1.0 - valid)}",
+    }
 
 
 def _predicted(scores: dict[str, Any]) -> Cell:

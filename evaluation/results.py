@@ -92,7 +92,7 @@ def collect_results(run_folder: str | Path, num_resamples: int = 1000) -> dict[s
     for name in ("cohort_hash", "split_hash"):
         found = {stage: facts["run"].get(name) for stage, facts in stages.items()}
         if split is not None:
-            found["split.json"] = split.get(name)
+            found["split.json"] = split.get("hash" if name == "split_hash" else name)
         found = {stage: value for stage, value in found.items() if value}
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{stage}: {str(value)[:12]}" for stage, value in found.items())

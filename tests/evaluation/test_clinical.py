@@ -1,6 +1,7 @@
 """Files of predictions: what is accepted, and what they score."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from cortexicon.evaluation import (
@@ -80,6 +81,16 @@ def test_an_invalid_answer_counts_as_the_median(tmp_path):
     assert scores["mae"] == pytest.approx((8 + 16) / 8)
     alone = score_clinical(files[1:], num_resamples=50)["age"]["parts"]["test"]["systems"]["ours"]
     assert (alone["num_invalid"], alone["num_subjects"], alone["mae"]) == (2, 6, 0.0)
+
+
+def test_the_rate_of_valid_free_answers_is_reported(tmp_path):
+    path = write(tmp_path, "ours", AGES)
+    table = pd.read_csv(path)
+    table["free_answer_valid"] = [1.0, 0.5] * 4
+    table.to_csv(path, index=False)
+    scores = score_clinical([path], num_resamples=5)["age"]["parts"]["test"]["systems"]["ours"]
+    assert scores["free_answers_valid"] == 0.75
+    assert scores["num_invalid"] == 0
 
 
 def test_systems_are_paired_on_common_subjects_and_parts_kept_apart(tmp_path):

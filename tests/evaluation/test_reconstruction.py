@@ -47,6 +47,18 @@ def test_streaming_equals_one_big_sum(make_scan, regions):
     assert result["codebook"]["usage"] == (counts > 0).mean()
 
 
+def test_r2_within_groups_of_subjects(make_scan, regions):
+    scans = [make_scan(f"s{i}", i, noise=0.1 + 0.3 * (i % 2)) for i in range(6)]
+    groups = {f"s{i}": f"TR {2 + i % 2} s" for i in range(5)}
+    found = evaluate_reconstruction([], scans, 16, 40.0, 4, regions, groups=groups)
+    alone = evaluate_reconstruction([], scans[::2], 16, 40.0, 4, regions)
+    assert set(found["r2_by_group"]) == {"TR 2 s", "TR 3 s"}
+    assert found["r2_by_group"]["TR 2 s"]["r2"] == pytest.approx(alone["r2"])
+    assert found["r2_by_group"]["TR 2 s"]["num_subjects"] == 3
+    assert found["r2_by_group"]["TR 3 s"]["num_subjects"] == 2  # s5 has no group
+    assert "r2_by_group" not in alone
+
+
 def test_the_training_mean_alone_says_nothing_about_the_person(make_scan):
     """Every scan decoded to one and the same series: full correlation high, deviation none."""
     scores = ReconstructionScores(16, 40.0, 4)
@@ -127,7 +139,7 @@ def test_tokenizer_baseline_finds_a_signal_made_of_few_patches():
     assert found["tokens_per_window"] == 8
     assert found["num_subjects"] == 3
     assert found["variance_of_components"] == pytest.approx(1.0)
-    assert 0 < found["gaussian_reference"] <= 1
+    assert 0 < found["gaussian_reference_r2"] <= 1
     again = tokenizer_baseline(train, test, num_codes=64, tokens_per_window=8, iterations=10)
     assert again["r2"] == found["r2"]
 

@@ -100,7 +100,7 @@ def run(tmp_path, cohort, fold, regions, make_scan):
         (folder / stage / "training_log.jsonl").write_text(
             "\n".join(json.dumps(line) for line in lines) + "\n"
         )
-    write_json(folder / "split.json", {"split_hash": "d" * 64})
+    write_json(folder / "split.json", {"hash": "d" * 64, "cohort_hash": "c" * 64})
     return folder
 
 
