@@ -38,21 +38,20 @@ from .build import Cohort, build_cohort
 from .series import CohortError
 from .template import network_modes, structural_coupling, template_regions
 
-#: What acts where: (network, network, sign). Each list is made of closed trails with alternating
-#: signs, so that every strengthened coupling of a network has a weakened partner at the same
-#: network: variances and spectra of the regions stay as they are, to first order.
+#: What acts where: (network, network, sign). Every list is bipartite: its networks fall into two
+#: groups with couplings only between them. Then an effect and its opposite give the same variances
+#: and spectra at every order, and only the signs of connections tell them apart. No two couplings
+#: of another trait close a triangle with one of age, for the same reason.
 EFFECTS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "age": (
         ("Default", "Frontoparietal", +1),
-        ("Frontoparietal", "DorsalAttention", -1),
+        ("Default", "Cinguloopercular", -1),
+        ("DorsalAttention", "Frontoparietal", -1),
         ("DorsalAttention", "Visual", +1),
-        ("Visual", "Somatomotor", -1),
-        ("Somatomotor", "Cinguloopercular", +1),
-        ("Cinguloopercular", "Default", -1),
-        ("Frontoparietal", "Somatomotor", +1),
-        ("Somatomotor", "DorsalAttention", -1),
         ("DorsalAttention", "Cinguloopercular", +1),
-        ("Cinguloopercular", "Frontoparietal", -1),
+        ("DorsalAttention", "Auditory", -1),
+        ("Somatomotor", "Frontoparietal", -1),
+        ("Somatomotor", "Cinguloopercular", +1),
     ),
     "sex": (  # + in women
         ("Auditory", "Somatomotor", +1),
@@ -68,7 +67,7 @@ EFFECTS: dict[str, tuple[tuple[str, str, int], ...]] = {
     ),
 }
 #: Change of each listed coupling per SD of the person's trait (neural coupling, dimensionless).
-STRENGTH = {"age": 0.04, "sex": 0.035, "diagnosis": 0.035}
+STRENGTH = {"age": 0.042, "sex": 0.035, "diagnosis": 0.035}
 #: Share of the variance of the trait that the phenotype explains. The rest is the individual:
 #: the same connections vary between people of one age, which bounds what any reader can reach.
 EXPLAINED = {"age": 0.66, "sex": 0.42, "diagnosis": 0.42}

@@ -23,7 +23,7 @@ NETWORKS = {
 }
 
 #: Largest eigenvalues of the three parts of the coupling that all people share.
-NETWORK_COUPLING, DISTANCE_COUPLING, HOMOTOPIC_COUPLING = 0.62, 0.15, 0.05
+NETWORK_COUPLING, DISTANCE_COUPLING, HOMOTOPIC_COUPLING = 0.65, 0.15, 0.05
 
 
 def template_regions(num_regions: int) -> pd.DataFrame:
@@ -105,7 +105,11 @@ def structural_coupling(regions: pd.DataFrame) -> np.ndarray:
         np.fill_diagonal(part, 0.0)
         total += weight * part / np.linalg.eigvalsh(part)[-1]
     modes = network_modes(regions["network"])
-    return total + NETWORK_COUPLING * modes @ modes.T
+    # What is left of the two local parts couples no network's mean with anything. So the effects,
+    # which couple means of different networks, change no region's own variance or spectrum to
+    # first order, and age cannot be read from those.
+    outside = np.eye(len(regions)) - modes @ modes.T
+    return outside @ total @ outside + NETWORK_COUPLING * modes @ modes.T
 
 
 def network_modes(names: Sequence[str]) -> np.ndarray:

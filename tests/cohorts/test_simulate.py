@@ -60,13 +60,42 @@ def test_phenotypes_are_balanced_within_every_site():
         assert ((table[column] == level).groupby(table["site"]).sum() == 20).all()
 
 
-@pytest.mark.parametrize("trait", EFFECTS)
-def test_every_strengthened_coupling_has_a_weakened_partner_at_each_network(trait):
-    totals = {}
+def pattern(trait):
+    names = sorted(
+        {network for listed in EFFECTS.values() for edge in listed for network in edge[:2]}
+    )
+    matrix = np.zeros((len(names), len(names)))
     for one, other, sign in EFFECTS[trait]:
-        for network in (one, other):
-            totals[network] = totals.get(network, 0) + sign
-    assert set(totals.values()) == {0}
+        i, j = names.index(one), names.index(other)
+        matrix[i, j] = matrix[j, i] = sign
+    return matrix
+
+
+@pytest.mark.parametrize("trait", EFFECTS)
+def test_effects_are_balanced_and_bipartite(trait):
+    assert sum(sign for _, _, sign in EFFECTS[trait]) == 0
+    walk = np.eye(7)
+    for length in range(1, 8):
+        walk = walk @ np.abs(pattern(trait))
+        if length % 2:
+            assert np.trace(walk) == 0, f"closed walk of odd length {length}"
+
+
+@pytest.mark.parametrize("other", ["sex", "diagnosis"])
+def test_no_other_trait_closes_a_triangle_with_age(other):
+    squared = pattern(other) @ pattern(other)
+    assert np.abs(squared * pattern("age")).sum() == 0
+
+
+def test_effects_change_no_regional_spectrum_to_first_order():
+    regions = template_regions(100)
+    base, modes = structural_coupling(regions), network_modes(regions["network"])
+    change = np.zeros((7, 7))
+    change[0, 1] = change[1, 0] = 1e-4
+    for power in (1, 2, 8):
+        shifted = np.linalg.matrix_power(base + modes @ change @ modes.T, power)
+        moved = np.diag(shifted) - np.diag(np.linalg.matrix_power(base, power))
+        assert np.abs(moved).max() < 1e-7
 
 
 def test_traits_share_no_connection():
