@@ -8,17 +8,17 @@ folds (``pytest -s -m slow tests/cohorts/test_calibration.py``). SD of age 17.9 
 the cohort is off by 15.50 years.
 
     age from                                   r      MAE (years)
-    Fisher-z connectivity, whole scan          0.753   9.50
-    its means between networks, whole scan     0.760   9.39
-    Fisher-z connectivity, first 160 s         0.726   9.95
-    its means between networks, first 160 s    0.733   9.86
-    variance of every region                  -0.08
-    mean power spectrum                        0.00
+    Fisher-z connectivity, whole scan          0.747   9.60
+    its means between networks, whole scan     0.752   9.57
+    Fisher-z connectivity, first 160 s         0.710  10.31
+    its means between networks, first 160 s    0.721  10.17
+    variance of every region                  -0.06
+    mean power spectrum                       -0.08
     site                                      -0.11
-    sex, AUC from connectivity                 0.834
-    diagnosis, AUC from connectivity           0.809
+    sex, AUC from connectivity                 0.827
+    diagnosis, AUC from connectivity           0.802
 
-Connectivity reaches 0.772, 0.760, 0.753, 0.746 for 400 subjects (seed 0) and 900 (seeds 0, 1, 2).
+Connectivity reaches 0.755, 0.729, 0.747, 0.737 for 400 subjects (seed 0) and 900 (seeds 0, 1, 2).
 
 The traits explain 66 % (age) of the variance of the connections they act on, so r = 0.81 is the
 most that any reader can reach.
