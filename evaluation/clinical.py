@@ -15,6 +15,7 @@ from .scores import (
     area_under_curve,
     balanced_accuracy,
     bootstrap_interval,
+    interval_of,
     mean_absolute_error,
     pearson,
     prediction_r2,
@@ -54,7 +55,8 @@ def score_clinical(
         intervals; `gain_share` (share of kernel ridge's gain over the median that the system
         recovers); `mae_bias_corrected`, shown and never ranked, since it uses the true value.
         Classes: `balanced_accuracy`, `auc`, differences of the AUC (above 0 is better).
-        Both: `num_subjects`, `num_invalid`, `free_answers_valid`, `by_site`. What cannot be compared is absent.
+        Both: `num_subjects`, `num_invalid`, `free_answers_valid`, `by_site`. What cannot be
+        compared is absent.
 
     Raises
     ------
@@ -122,8 +124,9 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
             scores["free_answers_valid"] = float(free.mean())
         if len(table):
             # Comparing a system with itself says nothing.
-            compared = [tables.get(name) if name != system else None for name in (floor, reference)]
-            scores |= score_one(table, *compared, num_resamples, seed)
+            of_floor = tables.get(floor) if system != floor else None
+            of_reference = tables.get(reference) if system != reference else None
+            scores |= score_one(table, of_floor, of_reference, num_resamples, seed)
             scores["by_site"] = _by_site(table, numeric)
         systems[system] = scores
     key, sign = ("mae", 1.0) if numeric else ("auc", -1.0)
@@ -155,14 +158,7 @@ def _score_numbers(
     scores: dict[str, Any] = {}
     for name, formula in (("mae", mean_absolute_error), ("r", pearson), ("r2", prediction_r2)):
         scores[name] = formula(y, y_hat)
-        scores[f"{name}_interval"] = list(
-            bootstrap_interval(
-                lambda rows, formula=formula: formula(y[rows], y_hat[rows]),
-                len(y),
-                num_resamples,
-                seed,
-            )
-        )
+        scores[f"{name}_interval"] = interval_of(formula, (y, y_hat), num_resamples, seed)
     scores |= _spread(y_hat, "predicted_")
     scores["mae_bias_corrected"] = _bias_corrected_mae(y, y_hat)
     for name, other in (("difference_to_floor", floor), ("difference_to_reference", reference)):
@@ -170,11 +166,7 @@ def _score_numbers(
         if errors is not None:
             gap = errors[0] - errors[1]
             scores[name] = float(gap.mean())
-            scores[f"{name}_interval"] = list(
-                bootstrap_interval(
-                    lambda rows, gap=gap: float(gap[rows].mean()), len(gap), num_resamples, seed
-                )
-            )
+            scores[f"{name}_interval"] = interval_of(np.mean, (gap,), num_resamples, seed)
     errors = _paired_errors(table, floor, reference)
     if errors is not None:
         mine, of_floor, of_reference = errors
@@ -228,42 +220,29 @@ def _score_classes(
     truth_code, answer_code = coded[: len(y)], coded[len(y) :]
     scores: dict[str, Any] = {
         "balanced_accuracy": balanced_accuracy(y, y_hat),
-        "balanced_accuracy_interval": list(
-            bootstrap_interval(
-                lambda rows: balanced_accuracy(truth_code[rows], answer_code[rows]),
-                len(y),
-                num_resamples,
-                seed,
-            )
+        "balanced_accuracy_interval": interval_of(
+            balanced_accuracy, (truth_code, answer_code), num_resamples, seed
         ),
         "auc": _auc(table),
         "predicted_counts": pd.Series(y_hat).value_counts().sort_index().to_dict(),
     }
     positive, values = (y == np.unique(y)[-1]), table["score"].to_numpy(float)
-    scores["auc_interval"] = list(
-        bootstrap_interval(
-            lambda rows: area_under_curve(positive[rows], values[rows]), len(y), num_resamples, seed
-        )
-    )
+    scores["auc_interval"] = interval_of(area_under_curve, (positive, values), num_resamples, seed)
     for name, other in (("difference_to_floor", floor), ("difference_to_reference", reference)):
         if other is None or not len(common := table.index.intersection(other.index)):
             continue
         mine, theirs = table.loc[common], other.loc[common]
         truth = (mine["y"] == mine["y"].max()).to_numpy()
         first, second = mine["score"].to_numpy(float), theirs["score"].to_numpy(float)
-        scores[name] = area_under_curve(truth, first) - area_under_curve(truth, second)
-        scores[f"{name}_interval"] = list(
-            bootstrap_interval(
-                lambda rows, truth=truth, first=first, second=second: (
-                    area_under_curve(truth[rows], first[rows])
-                    - area_under_curve(truth[rows], second[rows])
-                ),
-                len(common),
-                num_resamples,
-                seed,
-            )
+        scores[name] = _auc_gap(truth, first, second)
+        scores[f"{name}_interval"] = interval_of(
+            _auc_gap, (truth, first, second), num_resamples, seed
         )
     return scores
+
+
+def _auc_gap(truth: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    return area_under_curve(truth, first) - area_under_curve(truth, second)
 
 
 def _auc(table: pd.DataFrame) -> float:

@@ -21,6 +21,7 @@ from .scores import (
     bootstrap_interval,
     code_usage,
     fisher_z,
+    interval_of,
     pearson,
     r2_from_sums,
     squared_error_sums,
@@ -80,7 +81,7 @@ class ReconstructionScores:
         self.raw_power: list[np.ndarray] = []
         self.decoded_power: list[np.ndarray] = []
         self.spectrum_error: list[float] = []
-        self.frequencies = np.empty(0)
+        self.frequencies: np.ndarray = np.empty(0)
         self.counts = np.zeros(num_codes, np.int64)
         self.num_windows = 0
         self.examples: list[ReconstructedScan] = []
@@ -208,12 +209,10 @@ class ReconstructionScores:
         named = np.array([str((groups or {}).get(name, "")) for name in self.subject_ids])
         for group in sorted(set(named) - {""}):
             rows = np.flatnonzero(named == group)
-            interval = bootstrap_interval(
-                lambda drawn, rows=rows: pooled(rows[drawn]), len(rows), num_resamples, seed
-            )
+            interval = interval_of(pooled, (rows,), num_resamples, seed)
             by_group[group] = {
                 "r2": pooled(rows),
-                "r2_interval": list(interval),
+                "r2_interval": interval,
                 "num_subjects": len(rows),
             }
         return {
@@ -248,14 +247,7 @@ class ReconstructionScores:
         for name, values in columns.items():
             known = np.array(values)[np.isfinite(values)]
             result[name] = float(np.median(known)) if len(known) else float("nan")
-            result[f"{name}_interval"] = list(
-                bootstrap_interval(
-                    lambda rows, known=known: float(np.median(known[rows])),
-                    len(known),
-                    num_resamples,
-                    seed,
-                )
-            )
+            result[f"{name}_interval"] = interval_of(np.median, (known,), num_resamples, seed)
         return result
 
     def write_examples(self, path: str | Path, regions: pd.DataFrame) -> Path:

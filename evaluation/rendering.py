@@ -6,6 +6,7 @@ Matplotlib is imported inside the functions and without pyplot: no global state,
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -215,10 +216,13 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
                 title,
                 caption,
                 absent,
-                lambda function=function: function(rendering_codec.load_examples(examples_path)),
+                partial(rendering_codec.draw_examples, function, examples_path),
             )
-        for name, title, caption, function in rendering_clinical.clinical_figures(run):
-            draw(name, title, caption, "" if function else "no predictions in this run", function)
+        for name, title, caption, drawing in rendering_clinical.clinical_figures(run):
+            if drawing is None:
+                draw(name, title, caption, "no predictions in this run", lambda: None)
+            else:
+                draw(name, title, caption, "", drawing)
         no_avq = "" if logs["avq"] else "avq/training_log.jsonl is not there"
         draw(
             "training_codec",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def clinical_figures(run: Path) -> list[Drawing]:
                 "Each system on the same subjects, best first, with 95 % intervals (bootstrap over "
                 "subjects). Blue: models that read a scan through a language model. Orange: the "
                 "connectivity baseline.",
-                lambda scored=scored, target=target: draw_systems(scored, target),
+                partial(draw_systems, scored, target),
             )
         )
         if scored["kind"] == "number":
@@ -58,7 +59,7 @@ def clinical_figures(run: Path) -> list[Drawing]:
                     "Above: one dot per held-out subject; on the line a prediction is exact. "
                     "Below: the distribution of predictions beside the true one. A model that "
                     "answers in a narrow range can have a fair error and still know little.",
-                    lambda target=target: draw_predictions(rows, target),
+                    partial(draw_predictions, rows, target),
                 )
             )
     return drawings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,11 @@ def load_examples(path: Path) -> Examples:
     """Read `reconstruction_examples.npz` (written by `ReconstructionScores.write_examples`)."""
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
+
+
+def draw_examples(function: Callable[[Examples], Figure], path: Path) -> Figure:
+    """Load the examples and draw them."""
+    return function(load_examples(path))
 
 
 def region_order(examples: Examples) -> tuple[np.ndarray, list[tuple[str, int, int]]]:

@@ -164,7 +164,7 @@ def last_logged(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Python, package versions, machine and the commit of the checkout (None outside of one)."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)

@@ -6,7 +6,7 @@ modules under `metrics/` wrap the same functions, so that a score has one defini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -228,3 +228,17 @@ def bootstrap_interval(
     tail = 50.0 * (1.0 - coverage)
     low, high = np.percentile(drawn, [tail, 100.0 - tail])
     return float(low), float(high)
+
+
+def interval_of(
+    formula: Callable[..., float],
+    arrays: Sequence[np.ndarray],
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> list[float]:
+    """`bootstrap_interval` of a formula over arrays with one entry per subject, drawn together."""
+
+    def statistic(rows: np.ndarray) -> float:
+        return float(formula(*(array[rows] for array in arrays)))
+
+    return list(bootstrap_interval(statistic, len(arrays[0]), num_resamples, seed))

@@ -7,7 +7,7 @@ import evaluate
 import numpy as np
 
 from cortexicon.evaluation.scores import (
-    bootstrap_interval,
+    interval_of,
     mean_absolute_error,
     pearson,
     prediction_r2,
@@ -42,10 +42,5 @@ class RegressionBySubject(evaluate.Metric):
         found: dict[str, Any] = {}
         for name, formula in (("mae", mean_absolute_error), ("r", pearson), ("r2", prediction_r2)):
             found[name] = formula(y, y_hat)
-            found[f"{name}_interval"] = bootstrap_interval(
-                lambda rows, formula=formula: formula(y[rows], y_hat[rows]),
-                len(y),
-                num_resamples,
-                seed,
-            )
+            found[f"{name}_interval"] = interval_of(formula, (y, y_hat), num_resamples, seed)
         return found
