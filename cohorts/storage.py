@@ -154,6 +154,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def read_parquet(path: Path) -> pa.Table:
+    """Read a whole Parquet file; raises `CohortError` when it is empty or damaged."""
     file = _open_parquet(path)
     try:
         return file.read()
