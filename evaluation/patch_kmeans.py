@@ -4,7 +4,8 @@ Each window is projected on the leading spatial components of the training windo
 component's course is cut into patches; one codebook of patches serves all components. With the
 components chosen as `tokens * patch / window` it spends exactly as many tokens as the codec. A
 component's sign is arbitrary, so the codebook is symmetric: half the codes are the negatives of the
-others, which gives each centre twice the data (held-out R2 on the real cohort 0.377 against 0.371).
+others, which gives each centre twice the data. On the real cohort (128 tokens, K = 8192) that gave
+held-out R2 0.374 against 0.371 on 250,000 training patches, and 0.377 on 700,000.
 """
 
 from __future__ import annotations
