@@ -125,19 +125,35 @@ class AVQConfig(PreTrainedConfig):
         self._check()
 
     def _check(self):
-        positive = (
-            "window_length patch_length num_latents num_codes hidden_size intermediate_size num_attention_heads "
-            "mixing_heads mixing_dim position_features code_dim text_width projection_hidden_size classifier_hidden_size "
-            "revival_interval"
-        ).split()
+        positive = [
+            "window_length",
+            "patch_length",
+            "num_latents",
+            "num_codes",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "mixing_heads",
+            "mixing_dim",
+            "position_features",
+            "code_dim",
+            "text_width",
+            "projection_hidden_size",
+            "classifier_hidden_size",
+            "revival_interval",
+        ]
         for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigurationError(f"AVQConfig.{name} must be an integer >= 1, found {value!r}.")
+                raise ConfigurationError(
+                    f"AVQConfig.{name} must be an integer >= 1, found {value!r}."
+                )
         for name in ("num_connectivity_codes", "encoder_layers", "decoder_layers"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigurationError(f"AVQConfig.{name} must be an integer >= 0, found {value!r}.")
+                raise ConfigurationError(
+                    f"AVQConfig.{name} must be an integer >= 0, found {value!r}."
+                )
         for name in (
             "commitment_weight",
             "spectrum_weight",
@@ -169,7 +185,11 @@ class AVQConfig(PreTrainedConfig):
 
     def _check_number(self, name, low, high):
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not low <= value <= high
+        ):
             raise ConfigurationError(
                 f"AVQConfig.{name} must be a number from {low} to {high}, found {value!r}."
             )

@@ -24,6 +24,8 @@ class AVQLMConfig(PreTrainedConfig):
         Whether a scan enters as tokens of the vocabulary or as continuous projected features.
     windows_per_prompt : int
         Windows that every prompt holds; the same for all scans, since scan length alone names the site.
+    prompts_per_scan : int
+        Prompts, each with other windows, whose answers are pooled to one per scan.
     targets : list of dict
         What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or "class") and either
         `minimum` and `maximum` (integers) or `classes` (list of str), and `readout` ("expectation" or "mode", the one
@@ -51,6 +53,7 @@ class AVQLMConfig(PreTrainedConfig):
     sep_token_id: int = 0
     fmri_input: str = "codes"
     windows_per_prompt: int = 1
+    prompts_per_scan: int = 1
     targets: list | None = None
     tie_word_embeddings: bool = False
 
@@ -63,14 +66,18 @@ class AVQLMConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"AVQLMConfig.fmri_input must be 'codes' or 'features', found {self.fmri_input!r}."
             )
-        if self.windows_per_prompt < 1:
-            raise ConfigurationError(
-                f"AVQLMConfig.windows_per_prompt must be at least 1, found {self.windows_per_prompt}."
-            )
+        for name in ("windows_per_prompt", "prompts_per_scan"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(
+                    f"AVQLMConfig.{name} must be at least 1, found {getattr(self, name)!r}."
+                )
         first, second = self.fmri_offset, self.connectivity_offset
         codes, more = self.avq_config.num_codes, self.avq_config.num_connectivity_codes
         if more and first < second + more and second < first + codes:
-            if (first, second) != (0, 0):  # (0, 0) is the default of a configuration without a tokenizer
+            if (first, second) != (
+                0,
+                0,
+            ):  # (0, 0) is the default of a configuration without a tokenizer
                 raise ConfigurationError(
                     f"The blocks of codes overlap: {first}..{first + codes - 1} and {second}..{second + more - 1}. "
                     "Take both offsets from the AVQTokenizer."

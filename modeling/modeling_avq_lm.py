@@ -96,14 +96,18 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # NOTE: the default mean_resizing makes all new rows alike; they are all written below.
         lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         generator = torch.Generator().manual_seed(0)
-        fresh = torch.randn(len(tokenizer) - text_rows, table.shape[1], generator=generator).to(mean)
+        fresh = torch.randn(len(tokenizer) - text_rows, table.shape[1], generator=generator).to(
+            mean
+        )
         rows = [lm.get_input_embeddings().weight]
         output = lm.get_output_embeddings()
         if output is not None and output.weight is not rows[0]:
             rows.append(output.weight)
         for weight in rows:
             weight[text_rows:] = mean + scale * fresh
-            weight[tokenizer.fmri_offset : tokenizer.fmri_offset + avq.config.num_codes] = avq.project_codebook()
+            weight[tokenizer.fmri_offset : tokenizer.fmri_offset + avq.config.num_codes] = (
+                avq.project_codebook()
+            )
         config = AVQLMConfig(
             avq_config=avq.config.to_dict(),
             text_config=lm.config.to_dict(),
@@ -124,13 +128,17 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     # ------------------------------------------------------------------ scans in and out
 
-    def get_fmri_tokens(self, input_values, region_coordinates=None, region_mask=None, time_mask=None):
+    def get_fmri_tokens(
+        self, input_values, region_coordinates=None, region_mask=None, time_mask=None
+    ):
         """Ids of the codes of windows: float32 (windows, time, regions) -> int64 (windows, tokens)."""
         with torch.no_grad():
             codes = self.avq.encode(input_values, region_coordinates, region_mask, time_mask).codes
         return codes + self.config.fmri_offset
 
-    def get_fmri_features(self, input_values, region_coordinates=None, region_mask=None, time_mask=None):
+    def get_fmri_features(
+        self, input_values, region_coordinates=None, region_mask=None, time_mask=None
+    ):
         """Embeddings of windows, float32 (windows, tokens, hidden): of their codes, or continuous (`fmri_input`).
 
         The continuous features are P of the unit vectors before quantisation.
@@ -197,17 +205,25 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         CausalLMOutputWithPast or the language model's own output
         """
         if input_values is not None and input_ids is not None:
-            placed = self._place(input_ids, input_values, region_coordinates, region_mask, time_mask)
+            placed = self._place(
+                input_ids, input_values, region_coordinates, region_mask, time_mask
+            )
             input_ids, inputs_embeds = placed.get("input_ids"), placed.get("inputs_embeds")
         if inputs_embeds is not None:
             input_ids = None
         return self.language_model(
-            input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels, **kwargs
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            labels=labels,
+            **kwargs,
         )
 
     def generate(self, inputs=None, input_values=None, **kwargs):
         """`GenerationMixin.generate`; takes the output of an `AVQProcessor` as it is."""
-        scan = {key: kwargs.pop(key, None) for key in ("region_coordinates", "region_mask", "time_mask")}
+        scan = {
+            key: kwargs.pop(key, None) for key in ("region_coordinates", "region_mask", "time_mask")
+        }
         if input_values is not None:
             input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
             placed = self._place(input_ids, input_values, **scan)

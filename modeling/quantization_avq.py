@@ -113,7 +113,9 @@ class AVQCodebook(nn.Module):
         """Codes int64 (...) to unit vectors float32 (..., code_dim)."""
         return F.embedding(codes, self.codebook)
 
-    def forward(self, latents: torch.Tensor, token_mask: torch.Tensor | None = None) -> QuantizerOutput:
+    def forward(
+        self, latents: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> QuantizerOutput:
         """Quantise `latents` (batch, tokens, code_dim); in training mode also update the codebook.
 
         `token_mask` (batch, tokens) marks the tokens that hold data: the others get a code but do not count.
@@ -174,7 +176,9 @@ class AVQCodebook(nn.Module):
         self.code_sum.mul_(self.ema_decay).add_(sums, alpha=1 - self.ema_decay)
         self.codebook.copy_(
             torch.where(
-                (self.code_sum.norm(dim=-1) > 1e-8)[:, None], F.normalize(self.code_sum, dim=-1), self.codebook
+                (self.code_sum.norm(dim=-1) > 1e-8)[:, None],
+                F.normalize(self.code_sum, dim=-1),
+                self.codebook,
             )
         )
         if int(self.updates) % self.revival_interval == 0:
@@ -185,12 +189,16 @@ class AVQCodebook(nn.Module):
         """Move dead codes to where data are: the mean of the nearest vectors of other scans to a random anchor."""
         mean = self.code_count.mean()
         dead = (self.code_count < self.revival_threshold * mean).nonzero()[:, 0]
-        scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(latents.shape[:2])
+        scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(
+            latents.shape[:2]
+        )
         # Masked tokens stay in the pool's shape (processes must agree on it) and are never chosen.
         pool, owner = gather_rows(latents.flatten(0, 1)), gather_rows(scan.reshape(-1))
         valid = gather_rows(token_mask.reshape(-1).to(torch.uint8)).bool()
         per_process = latents.shape[0] * latents.shape[1]
-        owner = owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
+        owner = (
+            owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
+        )
         pool, owner = pool[valid], owner[valid]
         if len(dead) == 0 or len(owner.unique()) < 2 * neighbours:
             return
@@ -205,7 +213,8 @@ class AVQCodebook(nn.Module):
             similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
             # One neighbour from each of several disjoint groups of scans: a mean over different people, always.
             near = [
-                similarity.masked_fill(owner[None] % neighbours != group, -3.0).argmax(-1) for group in range(neighbours)
+                similarity.masked_fill(owner[None] % neighbours != group, -3.0).argmax(-1)
+                for group in range(neighbours)
             ]
             revived[part] = F.normalize(sum(pool[index] for index in near), dim=-1)
         if _world_size() > 1:

@@ -59,7 +59,10 @@ def load_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
             )
     for name, field in fields.items():
         if name not in values:
-            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            if (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            ):
                 raise TrainingError(f"{argv[0]}: key {name!r} is missing.")
             continue
         values[name] = _typed(values[name], field.type, f"{argv[0]}: {name}")

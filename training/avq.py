@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.modeling import AVQConfig, AVQModel
 from cortexicon.modeling.losses_avq import reversal_strength
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
@@ -81,7 +82,9 @@ def build_model(arguments: AVQArguments, cohort, text_model) -> AVQModel:
 
 
 @torch.no_grad()
-def evaluate(model: AVQModel, scans: PreparedScans, batch_size: int, limit: int, device) -> dict[str, float]:
+def evaluate(
+    model: AVQModel, scans: PreparedScans, batch_size: int, limit: int, device
+) -> dict[str, float]:
     """R2 (pooled, around 0, the scan's own region mean) and share of the codebook used on held-out windows."""
     model.eval()
     error = total = 0.0
@@ -100,9 +103,16 @@ def evaluate(model: AVQModel, scans: PreparedScans, batch_size: int, limit: int,
 def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[str, float]:
     """Norms of the reversed gradient of the weighted domain loss at P and at the encoder; both must be alive."""
     projection = list(model.projection.parameters())
-    encoder = [*model.regions_to_latents.parameters(), *model.encoder.parameters(), *model.to_code.parameters()]
+    encoder = [
+        *model.regions_to_latents.parameters(),
+        *model.encoder.parameters(),
+        *model.to_code.parameters(),
+    ]
     gradients = torch.autograd.grad(
-        model.config.domain_weight * domain_loss, projection + encoder, retain_graph=True, allow_unused=True
+        model.config.domain_weight * domain_loss,
+        projection + encoder,
+        retain_graph=True,
+        allow_unused=True,
     )
 
     def norm(parts):
@@ -138,7 +148,9 @@ def main(argv: list[str]) -> int:
     cohort = load_cohort(arguments.cohort)
     split = load_split(arguments.split, cohort)
     if not 0 <= arguments.fold < len(split):
-        raise TrainingError(f"fold {arguments.fold} does not exist: {arguments.split} holds folds 0..{len(split) - 1}.")
+        raise TrainingError(
+            f"fold {arguments.fold} does not exist: {arguments.split} holds folds 0..{len(split) - 1}."
+        )
     parts = split[arguments.fold]
     text_folder = Path(arguments.text_model)
     if not (text_folder / "token_counts.safetensors").is_file():
@@ -161,13 +173,19 @@ def main(argv: list[str]) -> int:
         region_labels=config.region_labels,
         region_coordinates=config.region_coordinates,
     )
-    tokenizer = AVQTokenizer.from_text_tokenizer(text_tokenizer, config.num_codes, config.num_connectivity_codes)
+    tokenizer = AVQTokenizer.from_text_tokenizer(
+        text_tokenizer, config.num_codes, config.num_connectivity_codes
+    )
     processor = AVQProcessor(extractor, tokenizer, tokens_per_window=config.tokens_per_window)
     scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
-    validation = prepare_scans(cohort, extractor, parts["validation"], "validation", quiet=not main_process)
+    validation = prepare_scans(
+        cohort, extractor, parts["validation"], "validation", quiet=not main_process
+    )
 
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate, betas=(0.9, 0.95)
+        parameter_groups(model, arguments.weight_decay),
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.95),
     )
     first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
     facts = {
@@ -201,7 +219,9 @@ def main(argv: list[str]) -> int:
     for step in (bar := progress(first, arguments.max_steps, "train avq", accelerator)):
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         if step == start_step:
-            raw_model.start_codebook([batch_at(1, k) for k in range(arguments.codebook_batches)], seed=arguments.seed)
+            raw_model.start_codebook(
+                [batch_at(1, k) for k in range(arguments.codebook_batches)], seed=arguments.seed
+            )
         strength = reversal_strength(step / arguments.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
@@ -214,7 +234,11 @@ def main(argv: list[str]) -> int:
             ).to(accelerator.device)
         out = model(**batch_at(0, step), text_embeddings=text, reversal=strength)
         logging = (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps
-        norms = domain_gradient_norms(raw_model, out.domain_loss) if logging and arguments.adversary else {}
+        norms = (
+            domain_gradient_norms(raw_model, out.domain_loss)
+            if logging and arguments.adversary
+            else {}
+        )
         accelerator.backward(out.loss)
         gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(gradient):
@@ -242,8 +266,13 @@ def main(argv: list[str]) -> int:
                 **norms,
             )
             bar.set_postfix(mse=f"{out.reconstruction_loss.item():.3f}", refresh=False)
-        if ((step + 1) % arguments.eval_steps == 0 and step + 1 < arguments.max_steps) and main_process:
-            log.write(step + 1, **evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device))
+        if (
+            (step + 1) % arguments.eval_steps == 0 and step + 1 < arguments.max_steps
+        ) and main_process:
+            log.write(
+                step + 1,
+                **evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device),
+            )
         if (step + 1) % arguments.save_steps == 0 and main_process:
             save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
 

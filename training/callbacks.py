@@ -19,13 +19,25 @@ from tqdm import tqdm
 
 from .arguments import TrainingError
 
-_PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "safetensors", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+)
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, total: int) -> float:
     """Linear warm-up, then a cosine down to 2 % of the peak."""
     progress = min(1.0, step / max(1, total))
-    return peak * min(1.0, (step + 1) / max(1, warmup)) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return (
+        peak
+        * min(1.0, (step + 1) / max(1, warmup))
+        * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+    )
 
 
 def progress(first: int, steps: int, name: str, accelerator) -> tqdm:
@@ -46,7 +58,9 @@ class TrainingLog:
     On resume the lines after the resumed step are dropped, so that no step stands twice.
     """
 
-    def __init__(self, folder: Path, active: bool, resumed_step: int = 0, seconds_before: float = 0.0):
+    def __init__(
+        self, folder: Path, active: bool, resumed_step: int = 0, seconds_before: float = 0.0
+    ):
         self.path = folder / "training_log.jsonl"
         self.active = active
         self.started = time.time() - seconds_before
@@ -88,7 +102,9 @@ def write_run_facts(folder: Path, stage: str, arguments: Any, **facts: Any) -> N
         "threads": torch.get_num_threads(),
         **facts,
     }
-    (folder / "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "run.json").write_text(
+        json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8"
+    )
 
 
 def prepare_output(folder: Path, resume: bool) -> None:
@@ -105,7 +121,9 @@ def prepare_output(folder: Path, resume: bool) -> None:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise TrainingError(f"Cannot write to {folder}: {error.strerror}. Choose another `output`.") from error
+        raise TrainingError(
+            f"Cannot write to {folder}: {error.strerror}. Choose another `output`."
+        ) from error
     if not resume and (folder / "training_log.jsonl").exists():
         raise TrainingError(
             f"{folder} already holds a run. Resume it (--resume), remove the folder, or choose another `output`."

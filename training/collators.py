@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
+
 from cortexicon.cohorts import Cohort
 from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
-from tqdm import tqdm
 
 from .arguments import TrainingError
 
@@ -34,7 +35,11 @@ class PreparedScans:
 
 
 def prepare_scans(
-    cohort: Cohort, extractor: AVQFeatureExtractor, subject_ids: list[str], name: str, quiet: bool = False
+    cohort: Cohort,
+    extractor: AVQFeatureExtractor,
+    subject_ids: list[str],
+    name: str,
+    quiet: bool = False,
 ) -> PreparedScans:
     """Check, resample and normalise the scans of `subject_ids`; those that cannot serve are listed, not hidden.
 
@@ -48,7 +53,11 @@ def prepare_scans(
         scan = cohort.series(subject)
         try:
             values, mask = extractor.prepare_scan(
-                scan.values, scan.tr, region_labels=scan.labels, atlas=scan.atlas, where=f"{subject}: "
+                scan.values,
+                scan.tr,
+                region_labels=scan.labels,
+                atlas=scan.atlas,
+                where=f"{subject}: ",
             )
         except TokenizationError as error:
             scans.refused[subject] = str(error)
@@ -61,7 +70,9 @@ def prepare_scans(
         scans.series.append(values)
         scans.region_masks.append(mask)
     if scans.refused and not quiet:
-        print(f"{len(scans.refused)} of {len(subject_ids)} {name} scans left out, e.g. {next(iter(scans.refused.values()))}")
+        print(
+            f"{len(scans.refused)} of {len(subject_ids)} {name} scans left out, e.g. {next(iter(scans.refused.values()))}"
+        )
     if not scans.series:
         first = next(iter(scans.refused.values()), "the split names no subject for this part")
         raise TrainingError(f"No {name} scan is left. {first}")
@@ -69,7 +80,12 @@ def prepare_scans(
 
 
 def draw_windows(
-    scans: PreparedScans, window_length: int, count: int, seed: list[int], rank: int = 0, world_size: int = 1
+    scans: PreparedScans,
+    window_length: int,
+    count: int,
+    seed: list[int],
+    rank: int = 0,
+    world_size: int = 1,
 ) -> dict[str, torch.Tensor]:
     """One batch: `count` windows of different scans, at random starts; process `rank`'s share of one common draw.
 
@@ -78,7 +94,9 @@ def draw_windows(
     """
     rng = np.random.default_rng(seed)
     wanted = count * world_size
-    chosen = np.concatenate([rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))])[:wanted]
+    chosen = np.concatenate([rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))])[
+        :wanted
+    ]
     starts = [rng.integers(0, len(scans.series[i]) - window_length + 1) for i in chosen]
     mine = range(rank * count, (rank + 1) * count)
     values = [scans.series[chosen[k]][starts[k] : starts[k] + window_length] for k in mine]
@@ -88,7 +106,9 @@ def draw_windows(
     }
 
 
-def whole_windows(scans: PreparedScans, window_length: int, batch_size: int, limit: int | None = None):
+def whole_windows(
+    scans: PreparedScans, window_length: int, batch_size: int, limit: int | None = None
+):
     """Batches of the non-overlapping windows from sample 0 on, in order; at most `limit` windows."""
     pairs = [
         (scan, start)
@@ -98,7 +118,9 @@ def whole_windows(scans: PreparedScans, window_length: int, batch_size: int, lim
     for first in range(0, len(pairs), batch_size):
         part = pairs[first : first + batch_size]
         yield {
-            "input_values": torch.from_numpy(np.stack([scans.series[i][s : s + window_length] for i, s in part])),
+            "input_values": torch.from_numpy(
+                np.stack([scans.series[i][s : s + window_length] for i, s in part])
+            ),
             "region_mask": torch.from_numpy(np.stack([scans.region_masks[i] for i, _ in part])),
         }
 

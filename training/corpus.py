@@ -56,7 +56,14 @@ def brain_sentences(count: int, seed: int = 0) -> str:
     for index in range(count):
         a, b = rng.sample(NETWORKS, 2)
         number = index % 101
-        words = {"a": a, "b": b, "n": number, "k": min(100, number + 9), "next": number + 1, "m": rng.randint(1, 3)}
+        words = {
+            "a": a,
+            "b": b,
+            "n": number,
+            "k": min(100, number + 9),
+            "next": number + 1,
+            "m": rng.randint(1, 3),
+        }
         if rng.random() < 0.5:
             lines.append(rng.choice(_STATEMENTS).format(**words))
         else:

@@ -14,7 +14,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from .arguments import load_arguments
 from .callbacks import (
@@ -68,7 +74,9 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     backend.train_from_iterator(documents, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=END)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=END, bos_token=END, pad_token=END
+    )
 
 
 def main(argv: list[str]) -> int:
@@ -93,15 +101,21 @@ def main(argv: list[str]) -> int:
         tokenizer = train_tokenizer(documents, arguments.vocab_size)
         end = tokenizer.eos_token_id
         model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **arguments.model)
+            GPT2Config(
+                vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **arguments.model
+            )
         )
     separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = np.concatenate(
         [tokenizer(text, add_special_tokens=False)["input_ids"] + separator for text in documents]
     ).astype(np.int64)
     if len(ids) <= arguments.sequence_length:
-        raise ValueError(f"The corpus holds {len(ids)} tokens, fewer than one sequence of {arguments.sequence_length}.")
-    counts = torch.bincount(torch.from_numpy(ids), minlength=model.get_input_embeddings().weight.shape[0])
+        raise ValueError(
+            f"The corpus holds {len(ids)} tokens, fewer than one sequence of {arguments.sequence_length}."
+        )
+    counts = torch.bincount(
+        torch.from_numpy(ids), minlength=model.get_input_embeddings().weight.shape[0]
+    )
     held_out = ids[-len(ids) // 20 :]  # the last twentieth: sentences about scans
     ids = ids[: -len(ids) // 20]
 
@@ -111,7 +125,12 @@ def main(argv: list[str]) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     if accelerator.is_main_process:
         write_run_facts(
-            output, "text", arguments, sources=sources, corpus_tokens=len(ids), parameters=parameters
+            output,
+            "text",
+            arguments,
+            sources=sources,
+            corpus_tokens=len(ids),
+            parameters=parameters,
         )
     log = TrainingLog(output, accelerator.is_main_process, first, seconds)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -127,7 +146,9 @@ def main(argv: list[str]) -> int:
     for step in bar:
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, arguments.learning_rate, arguments.warmup_steps, steps)
+            group["lr"] = learning_rate_at(
+                step, arguments.learning_rate, arguments.warmup_steps, steps
+            )
         rows = windows(ids, arguments.batch_size, step)
         loss = model(input_ids=rows, labels=rows).loss
         accelerator.backward(loss)
@@ -138,7 +159,9 @@ def main(argv: list[str]) -> int:
             log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
         if (step + 1) % arguments.save_steps == 0 and accelerator.is_main_process:
-            save_state(output, accelerator.unwrap_model(model), optimizer.optimizer, step + 1, log.seconds)
+            save_state(
+                output, accelerator.unwrap_model(model), optimizer.optimizer, step + 1, log.seconds
+            )
 
     model = accelerator.unwrap_model(model).eval()
     with torch.no_grad():

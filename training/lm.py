@@ -1,0 +1,375 @@
+"""`cortexicon train lm CONFIG`: a language model that reads the codec's codes and answers about the scan.
+
+The run in one look: codec and language model are joined over one vocabulary; all windows of the training scans are
+encoded once; every step takes one prompt of `windows_per_prompt` windows from each of `batch_size` subjects and asks it
+everything: the clinical targets, and questions about the window that the window itself answers. Validation subjects
+choose the checkpoint that is kept and the readout of each number.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from cortexicon.cohorts import load_cohort, load_split
+from cortexicon.inference.predict import answer_probabilities, encode_prompts, read_numbers
+from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
+from cortexicon.tokenization import AVQProcessor
+
+from .arguments import TrainingError, load_arguments
+from .callbacks import (
+    TrainingLog,
+    check_resumable,
+    learning_rate_at,
+    load_state,
+    prepare_output,
+    progress,
+    remove_state,
+    save_state,
+    write_run_facts,
+)
+from .collators import prepare_scans
+from .prompts import Answer, RowBuilder, WindowQuestions, answer_loss, checked_targets
+
+
+@dataclass
+class LMArguments:
+    """Arguments of `cortexicon train lm`; see training/configs/demo_lm.yaml for what each does."""
+
+    output: str
+    cohort: str
+    split: str
+    avq: str
+    text_model: str
+    targets: list
+    fold: int = 0
+    windows_per_prompt: int = 1
+    prompts_per_scan: int = 2
+    window_stride: int = 10
+    series_per_row: int = 2
+    target_weight: float = 4.0
+    number_sd: float = 3.0
+    token_dropout: float = 0.1
+    train_code_rows: bool = False
+    max_steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    dropout: float = 0.0
+    warmup_steps: int = 50
+    log_steps: int = 20
+    eval_steps: int = 100
+    save_steps: int = 500
+    seed: int = 0
+    cpu: bool = False
+    resume: bool = False
+
+
+@dataclass
+class EncodedWindows:
+    """Codes of all training windows int64 (windows, tokens), the windows of each scan, and what each window answers."""
+
+    codes: np.ndarray
+    of_scan: list[np.ndarray]
+    series: np.ndarray
+    couplings: np.ndarray
+
+
+@torch.inference_mode()
+def encode_windows(
+    codec: AVQModel, scans, stride: int, questions: WindowQuestions, quiet: bool
+) -> EncodedWindows:
+    """Encode the windows that start every `stride` samples of every scan."""
+    length = codec.config.window_length
+    codes, of_scan, answers = [], [], []
+    count = 0
+    for scan in tqdm(
+        range(len(scans)), desc="encode training windows", mininterval=2.0, disable=quiet
+    ):
+        series = scans.series[scan]
+        windows = np.stack(
+            [series[s : s + length] for s in range(0, len(series) - length + 1, stride)]
+        )
+        mask = torch.from_numpy(scans.region_masks[scan]).expand(len(windows), -1)
+        encoded = codec.encode(
+            torch.from_numpy(windows).to(codec.device), region_mask=mask.to(codec.device)
+        )
+        codes.append(encoded.codes.cpu().numpy())
+        answers.append(questions.measure(windows))
+        of_scan.append(np.arange(count, count + len(windows)))
+        count += len(windows)
+    series, couplings = (np.concatenate(part) for part in zip(*answers, strict=True))
+    return EncodedWindows(np.concatenate(codes), of_scan, series, couplings)
+
+
+def validate(
+    model, processor, validation, participants, targets, batch_size: int
+) -> dict[str, float]:
+    """Error of every readout on the validation subjects; numbers: MAE, classes: share of wrong answers."""
+    model.eval()
+    scores = {}
+    scans, prompts = validation.codes.shape[:2]
+    flat = validation.codes.reshape(-1, *validation.codes.shape[2:])
+    for target in targets:
+        truth = participants.loc[validation.subject_ids, target["name"]]
+        known = truth.notna().to_numpy()
+        probabilities, _ = answer_probabilities(model, processor, flat, target, batch_size)
+        pooled = probabilities.reshape(scans, prompts, -1).mean(1)[known]
+        if target["kind"] == "number":
+            for readout in ("expectation", "mode"):
+                values = read_numbers(pooled, {**target, "readout": readout})
+                error = np.abs(values - truth[known].to_numpy(dtype=float)).mean()
+                scores[f"eval_mae_{target['name']}_{readout}"] = float(error)
+            scores[f"eval_mae_{target['name']}"] = min(
+                scores[f"eval_mae_{target['name']}_{readout}"]
+                for readout in ("expectation", "mode")
+            )
+        else:
+            wrong = (
+                np.array(target["classes"])[pooled.argmax(1)] != truth[known].astype(str).to_numpy()
+            )
+            scores[f"eval_error_{target['name']}"] = float(wrong.mean())
+    model.train()
+    return scores
+
+
+def build_model(
+    arguments: LMArguments, targets
+) -> tuple[AVQLMForConditionalGeneration, AVQProcessor]:
+    """Codec and language model in one, and the processor of both."""
+    codec = AVQModel.from_pretrained(arguments.avq)
+    processor = AVQProcessor.from_pretrained(arguments.avq)
+    language_model = AutoModelForCausalLM.from_pretrained(arguments.text_model, dtype=torch.float32)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if arguments.dropout and name in language_model.config.to_dict():
+            setattr(language_model.config, name, arguments.dropout)
+    model = AVQLMForConditionalGeneration.from_avq_and_lm(
+        codec,
+        language_model,
+        processor.tokenizer,
+        windows_per_prompt=arguments.windows_per_prompt,
+        prompts_per_scan=arguments.prompts_per_scan,
+        targets=targets,
+    )
+    needed = arguments.windows_per_prompt * (codec.config.tokens_per_window + 1) + 64
+    available = getattr(language_model.config, "max_position_embeddings", needed)
+    if needed > available:
+        raise TrainingError(
+            f"A prompt of {arguments.windows_per_prompt} windows needs about {needed} positions, the language model has "
+            f"{available}. Lower windows_per_prompt, or train the text model with more positions."
+        )
+    return model, processor
+
+
+def main(argv: list[str]) -> int:
+    """Train the language model; `argv` is CONFIG followed by key=value overrides."""
+    arguments = load_arguments(LMArguments, argv)
+    output = Path(arguments.output)
+    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    main_process = accelerator.is_main_process
+    if main_process:
+        prepare_output(output, arguments.resume)
+        if arguments.resume:
+            check_resumable(output, arguments)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(arguments.seed)
+
+    cohort = load_cohort(arguments.cohort)
+    split = load_split(arguments.split, cohort)
+    parts = split[arguments.fold]
+    people = cohort.participants
+    used = people.loc[parts["train"] + parts["validation"]]
+    targets = checked_targets(arguments.targets, used)
+    model, processor = build_model(arguments, targets)
+    extractor, codec = processor.feature_extractor, model.avq.to(accelerator.device)
+
+    # Every code that training will need, computed once.
+    scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
+    networks = cohort.regions["network"].tolist() if "network" in cohort.regions else []
+    questions = WindowQuestions(networks or [""] * len(cohort.labels))
+    windows = encode_windows(
+        codec, scans, arguments.window_stride, questions, quiet=not main_process
+    )
+    validation = encode_prompts(
+        codec,
+        extractor,
+        cohort,
+        parts["validation"],
+        arguments.prompts_per_scan,
+        arguments.windows_per_prompt,
+        quiet=not main_process,
+    )
+    rows = RowBuilder(processor, arguments.number_sd)
+
+    trained = [
+        parameter for parameter in model.language_model.parameters() if parameter.requires_grad
+    ]
+    embedding = model.get_input_embeddings().weight
+    if not arguments.train_code_rows:
+        # The rows of codes stay P(codebook): most codes are too rare to learn a row from a few hundred scans.
+        first_code, last_code = (
+            model.config.fmri_offset,
+            model.config.fmri_offset + codec.config.num_codes,
+        )
+
+        def keep_code_rows(gradient):
+            gradient = gradient.clone()
+            gradient[first_code:last_code] = 0
+            return gradient
+
+        embedding.register_hook(keep_code_rows)
+    decayed = [p for p in trained if p.ndim > 1 and p is not embedding]
+    others = [p for p in trained if p.ndim <= 1 or p is embedding]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": arguments.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=arguments.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
+    facts = {
+        "cohort_hash": cohort.content_hash,
+        "split_hash": split.hash,
+        "codebook": codec.codebook_fingerprint(),
+        "parameters": sum(p.numel() for p in model.language_model.parameters()),
+        "training_scans": len(scans),
+        "training_windows": len(windows.codes),
+        "refused_scans": {**scans.refused, **validation.skipped},
+        "targets": targets,
+        "processes": accelerator.num_processes,
+    }
+    if main_process:
+        write_run_facts(output, "lm", arguments, **facts)
+    log = TrainingLog(output, main_process, first, seconds)
+    primary = (
+        f"eval_mae_{targets[0]['name']}"
+        if targets[0]["kind"] == "number"
+        else f"eval_error_{targets[0]['name']}"
+    )
+    best = best_so_far(log.path, primary) if first else float("inf")
+    model, optimizer = accelerator.prepare(model, optimizer)
+    raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(model)
+    model.train()
+    placeholder = processor.tokenizer.fmri_token_id
+
+    def batch_at(step: int):
+        """Rows of one step: different subjects, random windows of each, every target and some couplings."""
+        rng = np.random.default_rng([arguments.seed, step])
+        wanted = arguments.batch_size * accelerator.num_processes
+        chosen = np.concatenate(
+            [rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))]
+        )[:wanted]
+        codes, answers = [], []
+        for scan in chosen:
+            picked = rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)
+            subject = scans.subject_ids[scan]
+            asked = [
+                Answer(
+                    target["question"],
+                    target,
+                    people.at[subject, target["name"]],
+                    arguments.target_weight,
+                )
+                for target in targets
+                if people[target["name"]].notna()[subject]
+            ]
+            if (
+                arguments.windows_per_prompt == 1
+            ):  # of several windows each would need a name in the question
+                window = picked[0]
+                asked += questions.draw(
+                    rng, windows.series[window], windows.couplings[window], arguments.series_per_row
+                )
+            codes.append(windows.codes[picked])
+            answers.append(asked)
+        mine = slice(
+            accelerator.process_index * arguments.batch_size,
+            (accelerator.process_index + 1) * arguments.batch_size,
+        )
+        batch = rows.batch(codes[mine], answers[mine])
+        # Some codes are hidden, so that no single code can be learned by heart as somebody's.
+        ids = batch["input_ids"]
+        is_code = (ids >= raw_model.config.fmri_offset) & (
+            ids < raw_model.config.fmri_offset + codec.config.num_codes
+        )
+        hidden = torch.from_numpy(rng.random(ids.shape)) < arguments.token_dropout
+        batch["input_ids"] = ids.masked_fill(is_code & hidden, placeholder)
+        return batch
+
+    for step in (bar := progress(first, arguments.max_steps, "train lm", accelerator)):
+        torch.manual_seed(arguments.seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
+            )
+        batch = batch_at(step)
+        kept, column = batch["places"][:, 1].unique(return_inverse=True)
+        out = model(
+            input_ids=batch["input_ids"].to(accelerator.device),
+            position_ids=batch["position_ids"].to(accelerator.device),
+            attention_mask=batch["attention_mask"].to(accelerator.device),
+            logits_to_keep=kept.to(accelerator.device),
+            use_cache=False,
+        )
+        loss = answer_loss(
+            out.logits[batch["places"][:, 0], column], batch["labels"], batch["weights"]
+        )
+        accelerator.backward(loss)
+        gradient = accelerator.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps:
+            log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
+            bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        if (
+            (step + 1) % arguments.eval_steps == 0 or step + 1 == arguments.max_steps
+        ) and main_process:
+            scores = validate(raw_model, processor, validation, people, targets, 32)
+            log.write(step + 1, **scores)
+            if scores[primary] < best:
+                best = scores[primary]
+                choose_readouts(raw_model, scores)
+                raw_model.save_pretrained(output)
+        if (step + 1) % arguments.save_steps == 0 and main_process:
+            save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
+
+    accelerator.wait_for_everyone()
+    if main_process:
+        processor.save_pretrained(output)
+        write_run_facts(
+            output, "lm", arguments, seconds=log.seconds, **facts, **{f"best_{primary}": best}
+        )
+        remove_state(output)
+        print(
+            f"Language model in {output}: best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
+        )
+    accelerator.end_training()
+    return 0
+
+
+def choose_readouts(model: AVQLMForConditionalGeneration, scores: dict[str, float]) -> None:
+    """Set each number's readout to the one with the smaller error on validation subjects."""
+    for target in model.config.targets:
+        if target["kind"] == "number":
+            target["readout"] = min(
+                ("expectation", "mode"),
+                key=lambda readout: scores[f"eval_mae_{target['name']}_{readout}"],
+            )
+
+
+def best_so_far(path: Path, key: str) -> float:
+    """The smallest value of `key` in a training log."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return min((line[key] for line in lines if key in line), default=float("inf"))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

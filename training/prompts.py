@@ -1,0 +1,258 @@
+"""Training rows of the language model: one scan, then several questions with their answers."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cortexicon.inference.predict import answers_of
+from cortexicon.tokenization import AVQProcessor
+
+from .arguments import TrainingError
+
+WINDOW_ANSWER_RANGE = (0, 100)
+
+
+@dataclass
+class Answer:
+    """A question about one scan.
+
+    Attributes
+    ----------
+    question : str
+    target : dict
+        Says what answers are valid, as in `AVQLMConfig.targets`.
+    value : float, str or list of float
+        The true number or class; or several numbers, written one after the other.
+    weight : float
+        Of this answer's loss.
+    """
+
+    question: str
+    target: dict[str, Any]
+    value: Any
+    weight: float = 1.0
+
+
+def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[str, Any]]:
+    """Targets of a configuration, completed and compared with the participants' columns.
+
+    Raises
+    ------
+    TrainingError
+        A column that does not exist, a kind that is none, values outside the declared range or classes.
+    """
+    checked = []
+    for target in targets:
+        target = dict(target)
+        name = target.get("name")
+        if name not in participants:
+            raise TrainingError(
+                f"targets: the participants have no column {name!r}; they have {', '.join(map(str, participants.columns))}."
+            )
+        values = participants[name].dropna()
+        if target.get("kind") == "number":
+            for bound in ("minimum", "maximum"):
+                if not isinstance(target.get(bound), int):
+                    raise TrainingError(
+                        f"targets: {name} needs whole numbers `minimum` and `maximum`."
+                    )
+            outside = values[
+                (values < target["minimum"] - 0.5) | (values >= target["maximum"] + 0.5)
+            ]
+            if len(outside):
+                raise TrainingError(
+                    f"targets: {len(outside)} values of {name} lie outside {target['minimum']}..{target['maximum']}, e.g. "
+                    f"{outside.iloc[0]} of {outside.index[0]}. Widen the range, or mend the table."
+                )
+        elif target.get("kind") == "class":
+            target["classes"] = sorted(str(value) for value in values.unique())
+        else:
+            raise TrainingError(
+                f"targets: kind of {name} must be 'number' or 'class', found {target.get('kind')!r}."
+            )
+        target.setdefault("question", f"What is the {name} of this person?")
+        target.setdefault("readout", "expectation")
+        checked.append(target)
+    return checked
+
+
+class WindowQuestions:
+    """Questions whose answers are computed from the window itself; they teach the language model to read codes at all.
+
+    *Series*: a network's mean series, one number for every `SERIES_STEP` samples, 50 + 20 z. *Couplings*: the correlation
+    of every pair of networks' mean series, 50 + 50 r, as one list in the order of `pairs`. Neither holds anything about
+    the person beyond the window. A cohort without a column `network` in its regions has no such questions.
+    """
+
+    SERIES_STEP = 4
+
+    def __init__(self, networks: list[str]):
+        labels = np.array([str(name) for name in networks])
+        self.names = sorted(set(labels) - {"nan", "None", "", "n/a"})
+        self.averages = np.stack(
+            [(labels == name) / (labels == name).sum() for name in self.names]
+            or [np.zeros(len(labels))]
+        )
+        self.pairs = [(a, b) for a in range(len(self.names)) for b in range(a)]
+        low, high = WINDOW_ANSWER_RANGE
+        self.target = {"name": "window", "kind": "number", "minimum": low, "maximum": high}
+
+    def measure(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Answers about windows float32 (windows, time, regions).
+
+        Returns
+        -------
+        series : float32 array, shape (windows, networks, time / SERIES_STEP), 0 to 100
+        couplings : float32 array, shape (windows, pairs), 0 to 100
+        """
+        means = np.einsum("nr,wtr->wnt", self.averages, windows)
+        means -= means.mean(-1, keepdims=True)
+        means /= means.std(-1, keepdims=True) + 1e-6
+        correlation = means @ means.transpose(0, 2, 1) / means.shape[-1]
+        blocks = means[..., : means.shape[-1] // self.SERIES_STEP * self.SERIES_STEP]
+        blocks = blocks.reshape(*means.shape[:2], -1, self.SERIES_STEP).mean(-1)
+        a, b = np.array(self.pairs, dtype=int).reshape(-1, 2).T
+        return (50 + 20 * blocks).astype(np.float32), (50 + 50 * correlation[:, a, b]).astype(
+            np.float32
+        )
+
+    def draw(
+        self, rng: np.random.Generator, series: np.ndarray, couplings: np.ndarray, count: int
+    ) -> list[Answer]:
+        """The couplings, and the series of `count` random networks, of one window; empty without networks."""
+        if not self.pairs:
+            return []
+        chosen = rng.choice(len(self.names), min(count, len(self.names)), replace=False)
+        asked = [
+            Answer(f"Series of {self.names[k]}?", self.target, series[k].tolist()) for k in chosen
+        ]
+        return [*asked, Answer("Couplings?", self.target, couplings.tolist())]
+
+
+class RowBuilder:
+    """Turns scans and answers into input tensors in which no question sees another.
+
+    Every question follows the scan directly, in position and in attention: what the model learns from a row of many
+    questions is what it meets in a prompt of one.
+    """
+
+    def __init__(self, processor: AVQProcessor, number_sd: float):
+        self.processor = processor
+        self.number_sd = number_sd
+        self._cache: dict[str, list[int]] = {}
+        self._numbers: dict[tuple[int, int], list[int] | None] = {}
+
+    def _text(self, text: str) -> list[int]:
+        if text not in self._cache:
+            self._cache[text] = self.processor.tokenizer.encode(
+                text, add_special_tokens=False, split_special_tokens=True
+            )
+        return self._cache[text]
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        return self.processor.answer_ids(answer)
+
+    def batch(self, codes: list[np.ndarray], answers: list[list[Answer]]) -> dict[str, Any]:
+        """Inputs of one training step.
+
+        Parameters
+        ----------
+        codes : list of int64 arrays (windows, tokens), one per row
+        answers : list of lists of Answer, one list per row
+
+        Returns
+        -------
+        dict
+            input_ids, position_ids int64 (rows, sequence); attention_mask bool (rows, 1, sequence, sequence);
+            places int64 (labels, 2): row and position whose next token is scored; labels: list of (ids, shares);
+            weights float32 (labels,).
+        """
+        rows, places, labels, weights = [], [], [], []
+        for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
+            ids = self.processor.prompt_ids(windows, "")
+            ids = ids[: len(ids) - len(self._text(self.processor.prompt_template("")))]
+            scan = len(ids)
+            positions, segments = list(range(scan)), [0] * scan
+            for segment, answer in enumerate(asked, start=1):
+                text = self._text(self.processor.prompt_template(answer.question))
+                reply, shares = self._reply(answer)
+                for offset in range(len(reply)):
+                    places.append((row, len(ids) + len(text) + offset - 1))
+                    weights.append(answer.weight)
+                labels += shares
+                ids = ids + text + reply[:-1]
+                positions += range(scan, scan + len(text) + len(reply) - 1)
+                segments += [segment] * (len(text) + len(reply) - 1)
+            rows.append((ids, positions, segments))
+        length = max(len(ids) for ids, _, _ in rows)
+        input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        position_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+        segment_ids = torch.full((len(rows), length), -1, dtype=torch.int64)
+        for row, (ids, positions, segments) in enumerate(rows):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            position_ids[row, : len(ids)] = torch.tensor(positions)
+            segment_ids[row, : len(ids)] = torch.tensor(segments)
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        visible = same | ((segment_ids[:, None, :] == 0) & (segment_ids[:, :, None] > 0))
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        return {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "attention_mask": (visible & causal)[:, None],
+            "places": torch.tensor(places),
+            "labels": labels,
+            "weights": torch.tensor(weights),
+        }
+
+    def _reply(self, answer: Answer) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
+        """Ids of the written answer, and for each of them the tokens that share the credit.
+
+        Near numbers share it (Gaussian, SD `number_sd`): 41 for 42 is not as wrong as 7, which plain cross entropy
+        cannot know. Only where every number is one token; else the written token takes all.
+        """
+        if answer.target["kind"] == "class":
+            reply = self._answer_ids(str(answer.value))
+            return reply, [([token], [1.0]) for token in reply]
+        values = answer.value if isinstance(answer.value, list) else [answer.value]
+        low, high = answer.target["minimum"], answer.target["maximum"]
+        values = [min(max(float(value), low), high) for value in values]
+        written = [str(round(value)) for value in values]
+        reply = self._answer_ids(" ".join(written))
+        tokens = self._number_tokens(answer.target)
+        if tokens is None or self.number_sd <= 0 or len(reply) < len(values):
+            return reply, [([token], [1.0]) for token in reply]
+        grid = np.arange(low, high + 1)
+        shares = []
+        for token, value in zip(reply, values, strict=False):
+            near = np.flatnonzero(np.abs(grid - value) <= 4 * self.number_sd + 1)
+            share = np.exp(-0.5 * ((grid[near] - value) / self.number_sd) ** 2)
+            assert token in tokens, "a list of one-token numbers must be tokenised number by number"
+            shares.append(([tokens[k] for k in near], (share / share.sum()).tolist()))
+        return reply, shares + [([token], [1.0]) for token in reply[len(values) :]]
+
+    def _number_tokens(self, target: dict[str, Any]) -> list[int] | None:
+        """The token of each number of the target's range, or None where some number takes more than one token."""
+        key = (target["minimum"], target["maximum"])
+        if key not in self._numbers:
+            ids = [self._answer_ids(text) for text in answers_of(target)]
+            end = 0 if self.processor.tokenizer.eos_token_id is None else 1
+            self._numbers[key] = (
+                [i[0] for i in ids] if all(len(i) == 1 + end for i in ids) else None
+            )
+        return self._numbers[key]
+
+
+def answer_loss(
+    logits: torch.Tensor, labels: list[tuple[list[int], list[float]]], weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted mean cross entropy between next-token logits (labels, vocabulary) and the labels' shares of tokens."""
+    weights = weights.to(logits.device)
+    rows = torch.tensor(
+        [row for row, (ids, _) in enumerate(labels) for _ in ids], device=logits.device
+    )
+    tokens = torch.tensor([token for ids, _ in labels for token in ids], device=logits.device)
+    shares = torch.tensor([share for _, shares in labels for share in shares], device=logits.device)
+    log_probabilities = torch.log_softmax(logits.float(), dim=-1)
+    return -(log_probabilities[rows, tokens] * shares * weights[rows]).sum() / weights.sum()
