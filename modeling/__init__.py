@@ -1,9 +1,10 @@
-"""What `AutoModel` loads: the autoencoder (AVQ) and the language model that reads and writes its codes."""
+"""What `AutoModel` loads: the autoencoder (AVQ) and the language model that reads its codes."""
 
 from .configuration_avq import AVQConfig, ConfigurationError
 from .configuration_avq_lm import AVQLMConfig
-from .modeling_avq import AVQDecoderOutput, AVQEncoderOutput, AVQModel, AVQOutput
+from .modeling_avq import AVQModel
 from .modeling_avq_lm import AVQLMForConditionalGeneration
+from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 
 __all__ = [
     "AVQConfig",

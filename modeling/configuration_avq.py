@@ -119,7 +119,7 @@ class AVQConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
-        # NOTE on rebuilding from JSON: `torch_dtype`-like keys pass; anything else unknown is a typo.
+        # NOTE: keys that transformers writes into JSON pass; anything else unknown is a typo.
         refuse_unknown_keys(type(self).__name__, kwargs, set(self.__dict__))
         super().__post_init__(**kwargs)
         self._check()
@@ -168,14 +168,15 @@ class AVQConfig(PreTrainedConfig):
         self._check_number("dropout", 0.0, 0.999999)
         self._check_number("initializer_range", 0.0, 1.0)
         if self.window_length % self.patch_length:
+            whole = max(1, self.window_length // self.patch_length) * self.patch_length
             raise ConfigurationError(
-                f"AVQConfig.window_length must be a multiple of patch_length, found {self.window_length} and "
-                f"{self.patch_length}. Use {self.window_length // self.patch_length * self.patch_length or self.patch_length}."
+                f"AVQConfig.window_length must be a multiple of patch_length, found "
+                f"{self.window_length} and {self.patch_length}. Use {whole}."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigurationError(
-                f"AVQConfig.hidden_size ({self.hidden_size}) must be divisible by num_attention_heads "
-                f"({self.num_attention_heads})."
+                f"AVQConfig.hidden_size ({self.hidden_size}) must be divisible by "
+                f"num_attention_heads ({self.num_attention_heads})."
             )
         if self.token_layout not in ("latent", "grid"):
             raise ConfigurationError(
@@ -204,8 +205,8 @@ class AVQConfig(PreTrainedConfig):
             )
         if labels is not None and len(labels) != len(coordinates):
             raise ConfigurationError(
-                f"AVQConfig: {len(labels)} region_labels but {len(coordinates)} region_coordinates; expected one row per "
-                "label."
+                f"AVQConfig: {len(labels)} region_labels but {len(coordinates)} "
+                "region_coordinates; expected one row per label."
             )
 
     @property

@@ -1,5 +1,7 @@
 """Configuration of the language model that reads and writes AVQ codes."""
 
+from typing import ClassVar
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
@@ -7,7 +9,7 @@ from .configuration_avq import AVQConfig, ConfigurationError, refuse_unknown_key
 
 
 class AVQLMConfig(PreTrainedConfig):
-    """An `AVQConfig`, any causal language model's configuration, and where the codes lie in the vocabulary.
+    """An `AVQConfig`, a language model's configuration, and where in the vocabulary codes lie.
 
     Parameters
     ----------
@@ -15,7 +17,7 @@ class AVQLMConfig(PreTrainedConfig):
     text_config : PreTrainedConfig or dict
         The language model, already of the size of the shared vocabulary.
     fmri_offset, connectivity_offset : int
-        Ids of code 0 of the dynamics block and of the connectivity block; both blocks are contiguous.
+        Ids of code 0 of the dynamics block and of the connectivity block; both are contiguous.
     fmri_token_id : int
         Placeholder that one code of `input_values` replaces.
     bof_token_id, eof_token_id, sep_token_id : int
@@ -23,13 +25,14 @@ class AVQLMConfig(PreTrainedConfig):
     fmri_input : {"codes", "features"}
         Whether a scan enters as tokens of the vocabulary or as continuous projected features.
     windows_per_prompt : int
-        Windows that every prompt holds; the same for all scans, since scan length alone names the site.
+        Windows that every prompt holds; the same for all scans, since scan length alone names the
+        site.
     prompts_per_scan : int
         Prompts, each with other windows, whose answers are pooled to one per scan.
     targets : list of dict
-        What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or "class") and either
-        `minimum` and `maximum` (integers) or `classes` (list of str), and `readout` ("expectation" or "mode", the one
-        chosen on validation subjects).
+        What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or
+        "class") and either `minimum` and `maximum` (integers) or `classes` (list of str), and
+        `readout` ("expectation" or "mode", the one chosen on validation subjects).
 
     Raises
     ------
@@ -38,7 +41,7 @@ class AVQLMConfig(PreTrainedConfig):
     """
 
     model_type = "avq_lm"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar[dict] = {
         "avq_config": AVQConfig,
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
     }
@@ -73,15 +76,13 @@ class AVQLMConfig(PreTrainedConfig):
                 )
         first, second = self.fmri_offset, self.connectivity_offset
         codes, more = self.avq_config.num_codes, self.avq_config.num_connectivity_codes
-        if more and first < second + more and second < first + codes:
-            if (first, second) != (
-                0,
-                0,
-            ):  # (0, 0) is the default of a configuration without a tokenizer
-                raise ConfigurationError(
-                    f"The blocks of codes overlap: {first}..{first + codes - 1} and {second}..{second + more - 1}. "
-                    "Take both offsets from the AVQTokenizer."
-                )
+        without_tokenizer = (first, second) == (0, 0)  # the default
+        overlap = more and first < second + more and second < first + codes
+        if overlap and not without_tokenizer:
+            raise ConfigurationError(
+                f"The blocks of codes overlap: {first}..{first + codes - 1} and "
+                f"{second}..{second + more - 1}. Take both offsets from the AVQTokenizer."
+            )
 
     @property
     def vocab_size(self) -> int:

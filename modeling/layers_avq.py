@@ -1,4 +1,4 @@
-"""The parts of the AVQ: positions of regions, mixing into latents and back, transformer, projection, classifier."""
+"""Parts of the AVQ: region positions, mixing into latents and back, blocks, P, classifier."""
 
 import math
 
@@ -8,12 +8,12 @@ from torch import nn
 
 
 class RegionPositions(nn.Module):
-    """MNI coordinates (batch or 1, regions, 3) in mm -> features (batch or 1, regions, hidden): Fourier features + MLP."""
+    """Fourier features + MLP of MNI coordinates in mm: (batch or 1, regions, 3 -> hidden)."""
 
     def __init__(self, config):
         super().__init__()
         self.wavelength = float(config.position_wavelength)
-        # A fixed random projection; persistent, because its values are part of what the weights mean.
+        # A fixed random projection; persistent, because the weights mean nothing without it.
         self.register_buffer("frequencies", torch.zeros(3, config.position_features))
         self.mlp = nn.Sequential(
             nn.Linear(2 * config.position_features + 3, config.hidden_size),
@@ -28,7 +28,7 @@ class RegionPositions(nn.Module):
 
 
 class RegionsToLatents(nn.Module):
-    """Mix regions into latents by weights that depend on positions alone, one linear map per head."""
+    """Mix regions into latents by weights of positions alone, one linear map per head."""
 
     def __init__(self, config, in_features):
         super().__init__()
@@ -50,14 +50,15 @@ class RegionsToLatents(nn.Module):
             .view(-1, regions, self.heads, self.latents)
             .expand(batch, -1, -1, -1)
         )
-        # The count of regions present, not of all, keeps the scale alike for any parcellation and any missing region.
+        # The count of regions present, not of all, keeps the scale alike for any parcellation and
+        # any missing region.
         weight = weight * (14.0 / region_mask.sum(-1).clamp(min=1))[:, None, None, None]
         mixed = torch.einsum("bprhd,brhm->bpmhd", value, weight)
         return self.out(mixed.flatten(-2))  # (batch, patches, latents, hidden)
 
 
 class LatentsToRegions(nn.Module):
-    """Read latents back at any coordinates, by weights that depend on positions alone, one linear map per head."""
+    """Read latents back anywhere by weights of positions alone, one linear map per head."""
 
     def __init__(self, config, out_features):
         super().__init__()
@@ -94,15 +95,14 @@ class AVQBlock(nn.Module):
         )
 
     def forward(self, x, key_mask):
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         q, k, v = (
             self.qkv(self.norm_attention(x))
             .view(batch, tokens, 3, self.heads, -1)
             .permute(2, 0, 3, 1, 4)
         )
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=key_mask
-        )  # (batch, heads, tokens, head_dim)
+        # (batch, heads, tokens, head_dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         x = x + F.dropout(
             self.attention_out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training
         )
@@ -136,10 +136,11 @@ class LatentTransformer(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """P: unit-norm codes (..., code_dim) -> the language model's embedding space (..., text_width), in its final scale.
+    """P: unit-norm codes (..., code_dim) -> embeddings (..., text_width) of the language model.
 
-    Linear plus a small residual MLP; its output is shifted and scaled by the text table's mean and SD, so that no
-    later step rescales it: the language model's rows of codes are these numbers, bit for bit.
+    Linear plus a small residual MLP; its output is shifted and scaled by the text table's mean and
+    SD, so that no later step rescales it: the language model's rows of codes are these numbers,
+    bit for bit.
     """
 
     def __init__(self, config):
@@ -156,12 +157,12 @@ class TextProjection(nn.Module):
         return self.text_mean + self.text_scale * (self.linear(x) + self.down(F.gelu(self.up(x))))
 
     def standardize(self, embeddings):
-        """Embeddings (..., text_width) of codes or of text in units of the table's SD around its mean."""
+        """Embeddings (..., text_width) in units of the text table's SD around its mean."""
         return (embeddings - self.text_mean) / self.text_scale
 
 
 class DomainClassifier(nn.Module):
-    """Is this embedding (..., text_width) a text token's or a code's? One logit, positive = text."""
+    """Is this embedding (..., text_width) of text or of a code? One logit, positive = text."""
 
     def __init__(self, config):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Losses of the AVQ: reconstruction in time, spectrum and connectivity; the domain loss and its reversed gradient."""
+"""Losses of the AVQ: time, spectrum, connectivity; the domain loss and its reversed gradient."""
 
 import torch
 import torch.nn.functional as F
@@ -23,17 +23,20 @@ def reverse_gradient(x: torch.Tensor, strength: float) -> torch.Tensor:
 
 
 def reversal_strength(progress: float) -> float:
-    """Strength of the reversal at `progress` in [0, 1]: 2 / (1 + exp(-10 p)) - 1 (Ganin & Lempitsky 2015)."""
+    """Strength of the reversal at `progress` p in [0, 1]: 2 / (1 + exp(-10 p)) - 1.
+
+    Source: Ganin & Lempitsky 2015.
+    """
     return float(2.0 / (1.0 + torch.exp(torch.tensor(-10.0 * progress))) - 1.0)
 
 
 def reconstruction_loss(reconstruction, target, mask):
-    """Mean squared error over the samples where `mask` is true; all (batch, time, regions); scalar."""
+    """Mean squared error where `mask` is true; all (batch, time, regions); scalar."""
     return ((reconstruction - target).square() * mask).sum() / mask.sum().clamp(min=1)
 
 
 def spectrum_loss(reconstruction, target, mask):
-    """Mean absolute difference of amplitude spectra along time, in units of the signal's SD; scalar.
+    """Mean absolute difference of amplitude spectra along time; scalar, units of the signal's SD.
 
     All (batch, time, regions). Masked samples are zero on both sides.
     """
@@ -44,7 +47,7 @@ def spectrum_loss(reconstruction, target, mask):
 
 
 def window_correlation(x, mask):
-    """Correlation between regions within each window: (batch, time, regions) -> (batch, regions, regions)."""
+    """Correlation of regions by window: (batch, time, regions) -> (batch, regions, regions)."""
     mask = mask.to(x.dtype)
     centred = (x - (x * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)) * mask
     # The floor keeps the gradient bounded where a decoded region is almost flat.

@@ -1,15 +1,14 @@
-"""The adversarial vector-quantised autoencoder: fMRI windows to codes and back, through a language model's text space."""
+"""The AVQ autoencoder: fMRI windows to codes and back, through a language model's text space."""
 
 import hashlib
 import math
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
 
 from .configuration_avq import AVQConfig, ConfigurationError
 from .layers_avq import (
@@ -27,60 +26,8 @@ from .losses_avq import (
     reverse_gradient,
     spectrum_loss,
 )
+from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 from .quantization_avq import AVQCodebook
-
-
-@dataclass
-class AVQEncoderOutput(ModelOutput):
-    """Output of `AVQModel.encode`.
-
-    codes : int64, shape (batch, tokens)
-        Patch by patch; within a patch by latent (`latent` layout) or by region (`grid` layout).
-    quantized : float32, shape (batch, tokens, code_dim)
-        The unit-norm codes.
-    text_embeds : float32, shape (batch, tokens, text_width)
-        P(code): what the decoder reads, and where the language model's embedding of the code starts.
-    token_mask : bool, shape (batch, tokens)
-        False for tokens of padded patches and, in the `grid` layout, of missing regions.
-    """
-
-    codes: torch.LongTensor | None = None
-    quantized: torch.FloatTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    token_mask: torch.BoolTensor | None = None
-
-
-@dataclass
-class AVQDecoderOutput(ModelOutput):
-    """Output of `AVQModel.decode`: `reconstruction` float32, shape (batch, time, regions), z-score units."""
-
-    reconstruction: torch.FloatTensor | None = None
-
-
-@dataclass
-class AVQOutput(ModelOutput):
-    """Output of `AVQModel.forward`: the weighted loss, its parts, the reconstruction and the codebook's health.
-
-    loss, reconstruction_loss, spectrum_loss, connectivity_loss, commitment_loss, domain_loss : scalars
-        `domain_loss` and `domain_accuracy` are None when no text embeddings were given.
-    reconstruction : float32, shape (batch, time, regions)
-    codes : int64, shape (batch, tokens)
-    text_embeds : float32, shape (batch, tokens, text_width)
-    perplexity, usage : float32 scalars
-    """
-
-    loss: torch.FloatTensor | None = None
-    reconstruction: torch.FloatTensor | None = None
-    codes: torch.LongTensor | None = None
-    text_embeds: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    spectrum_loss: torch.FloatTensor | None = None
-    connectivity_loss: torch.FloatTensor | None = None
-    commitment_loss: torch.FloatTensor | None = None
-    domain_loss: torch.FloatTensor | None = None
-    domain_accuracy: torch.FloatTensor | None = None
-    perplexity: torch.FloatTensor | None = None
-    usage: torch.FloatTensor | None = None
 
 
 class AVQPreTrainedModel(PreTrainedModel):
@@ -91,7 +38,7 @@ class AVQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "avq"
     main_input_name = "input_values"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["quantizer", "projection"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["quantizer", "projection"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -126,16 +73,19 @@ class AVQModel(AVQPreTrainedModel):
 
     Tricks used, one line each:
 
-    * a region is known by its MNI coordinates (Fourier features), so one checkpoint reads any parcellation;
-    * regions are mixed into a few latents, and read back, by weights that depend on positions alone;
+    * a region is known by its MNI coordinates (Fourier features), so one checkpoint reads any
+      parcellation;
+    * regions are mixed into a few latents, and read back, by weights of positions alone;
     * all transformer blocks run on the latents, never on the regions;
     * codes are low-dimensional unit vectors in an EMA codebook with k-means start and revival;
-    * the projection P to the language model's embedding space lies *before* the decoder, so an alignment that costs
-      information costs reconstruction, visibly;
-    * a domain classifier with gradient reversal (Ganin & Lempitsky 2015) pulls P(code) to where text embeddings lie;
-      the reversed gradient reaches P and, straight through the codebook, the encoder.
+    * the projection P to the language model's embedding space lies *before* the decoder, so an
+      alignment that costs information costs reconstruction, visibly;
+    * a domain classifier with gradient reversal (Ganin & Lempitsky 2015) pulls P(code) to where
+      text embeddings lie; the reversed gradient reaches P and, straight through the codebook, the
+      encoder.
 
-    Follows the codec models of transformers (DAC, Encodec, Mimi) in its methods: `encode`, `decode`, `forward`.
+    Follows the codec models of transformers (DAC, Encodec, Mimi) in its methods: `encode`,
+    `decode`, `forward`.
     """
 
     def __init__(self, config: AVQConfig):
@@ -174,8 +124,8 @@ class AVQModel(AVQPreTrainedModel):
         Parameters
         ----------
         input_values : float32, shape (batch, time, regions)
-            z-scored series, `sampling_interval` seconds apart; time is a multiple of `patch_length`, at most
-            `window_length`.
+            z-scored series, `sampling_interval` seconds apart; time is a multiple of
+            `patch_length`, at most `window_length`.
         region_coordinates : float32, shape (batch or 1, regions, 3), mm MNI, optional
             Default: those of the training atlas, when the number of regions agrees.
         region_mask : bool, shape (batch, regions), optional
@@ -192,8 +142,8 @@ class AVQModel(AVQPreTrainedModel):
         """
         if not bool(self.quantizer.initialized):
             raise ConfigurationError(
-                "The codebook of this AVQModel was never started, so its codes mean nothing. Train it first "
-                "(`cortexicon train avq CONFIG`) or load a trained checkpoint."
+                "The codebook of this AVQModel was never started, so its codes mean nothing. Train "
+                "it first (`cortexicon train avq CONFIG`) or load a trained checkpoint."
             )
         inputs = self._prepare(input_values, region_coordinates, region_mask, time_mask)
         latents, token_mask = self._encode(*inputs)
@@ -223,11 +173,13 @@ class AVQModel(AVQPreTrainedModel):
         """
         if codes.dtype.is_floating_point or codes.dim() != 2:
             raise ConfigurationError(
-                f"codes must be integers of shape (batch, tokens), found {codes.dtype} {tuple(codes.shape)}."
+                f"codes must be integers of shape (batch, tokens), found {codes.dtype} "
+                f"{tuple(codes.shape)}."
             )
         if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= self.config.num_codes):
             raise ConfigurationError(
-                f"codes must lie in 0..{self.config.num_codes - 1}, found {int(codes.min())}..{int(codes.max())}."
+                f"codes must lie in 0..{self.config.num_codes - 1}, found "
+                f"{int(codes.min())}..{int(codes.max())}. Were they made with another codebook?"
             )
         coordinates = self._coordinates(region_coordinates, None)
         source = (
@@ -252,9 +204,11 @@ class AVQModel(AVQPreTrainedModel):
         input_values, region_coordinates, region_mask, time_mask
             As in `encode`.
         text_embeddings : float32, shape (tokens, text_width), optional
-            Input embeddings of real text from the language model; switches the domain classifier on.
+            Input embeddings of real text from the language model; switches the domain classifier
+            on.
         reversal : float
-            Strength of the gradient reversal, `losses_avq.reversal_strength(progress)`; 0 cuts the branch.
+            Strength of the gradient reversal, `losses_avq.reversal_strength(progress)`; 0 cuts the
+            branch.
         """
         values, coordinates, region_mask, time_mask = self._prepare(
             input_values, region_coordinates, region_mask, time_mask
@@ -292,7 +246,7 @@ class AVQModel(AVQPreTrainedModel):
         )
 
     def domain_loss(self, code_embeddings, text_embeddings, reversal: float = 1.0):
-        """Loss and accuracy of the domain classifier on P(codes) (codes, width) and text (tokens, width).
+        """Loss and accuracy of the classifier on P(codes) (codes, width) and text (tokens, width).
 
         The larger side is thinned evenly so that both have the same number of rows.
         """
@@ -310,16 +264,17 @@ class AVQModel(AVQPreTrainedModel):
     # ------------------------------------------------------------------ text space and codebook
 
     def project_codebook(self) -> torch.Tensor:
-        """P(codebook): float32, shape (num_codes, text_width); the language model's rows of codes are these bits."""
+        """P(codebook), float32 (num_codes, text_width): the LLM's rows of codes, bit for bit."""
         return self.projection(self.quantizer.codebook)
 
     @torch.no_grad()
     def set_text_space(self, table: torch.Tensor, model_id: str | None = None) -> None:
-        """Take mean, scale and identity of the text domain from an embedding `table` (vocabulary, text_width)."""
+        """Take mean, scale and identity of the text domain from `table` (tokens, text_width)."""
         if table.dim() != 2 or table.shape[1] != self.config.text_width:
             raise ConfigurationError(
-                f"The text table must have text_width = {self.config.text_width} columns, found shape "
-                f"{tuple(table.shape)}. Set text_width in the config, or choose another language model."
+                f"The text table must have text_width = {self.config.text_width} columns, found "
+                f"shape {tuple(table.shape)}. Set text_width in the config, or choose another "
+                "language model."
             )
         table = table.detach().float()
         self.projection.text_mean.copy_(table.mean(0))
@@ -329,7 +284,7 @@ class AVQModel(AVQPreTrainedModel):
 
     @torch.no_grad()
     def start_codebook(self, batches, seed: int = 0) -> None:
-        """k-means start from `batches`, an iterable of keyword inputs of `encode`; the same on every process."""
+        """k-means start from `batches`, keyword inputs of `encode`; ends alike on every process."""
         vectors = []
         for batch in batches:
             latents, token_mask = self._encode(*self._prepare(**batch))
@@ -337,7 +292,7 @@ class AVQModel(AVQPreTrainedModel):
         self.quantizer.start(torch.cat(vectors), seed=seed)
 
     def codebook_fingerprint(self) -> str:
-        """sha256 of codebook and projection, hex; travels with codes so that no other codebook decodes them."""
+        """sha256 of codebook and projection, hex; travels with codes: no other decodes them."""
         return tensor_sha256(torch.cat([self.quantizer.codebook, self.project_codebook()], dim=1))
 
     # ------------------------------------------------------------------ inside
@@ -346,22 +301,24 @@ class AVQModel(AVQPreTrainedModel):
         if coordinates is None:
             if self.config.region_coordinates is None:
                 raise ConfigurationError(
-                    "region_coordinates are needed: this checkpoint stores none of its own. Pass (1, regions, 3) in mm, MNI."
+                    "region_coordinates are needed: this checkpoint stores none of its own. Pass "
+                    "(1, regions, 3) in mm, MNI."
                 )
             coordinates = torch.tensor(
                 self.config.region_coordinates, dtype=torch.float32, device=self.device
             )[None]
             if regions is not None and coordinates.shape[1] != regions:
                 raise ConfigurationError(
-                    f"input_values have {regions} regions, the checkpoint's atlas {self.config.atlas!r} has "
-                    f"{coordinates.shape[1]}. Pass region_coordinates of the atlas that the input is in."
+                    f"input_values have {regions} regions, the checkpoint's atlas "
+                    f"{self.config.atlas!r} has {coordinates.shape[1]}. Pass region_coordinates of "
+                    "the atlas that the input is in."
                 )
         if coordinates.dim() == 2:
             coordinates = coordinates[None]
         if coordinates.shape[-1] != 3 or (regions is not None and coordinates.shape[1] != regions):
             raise ConfigurationError(
-                f"region_coordinates must have shape (batch or 1, {regions or 'regions'}, 3) in mm, found "
-                f"{tuple(coordinates.shape)}."
+                f"region_coordinates must have shape (batch or 1, {regions or 'regions'}, 3) in "
+                f"mm, found {tuple(coordinates.shape)}."
             )
         return coordinates.to(self.projection.text_mean)
 
@@ -369,13 +326,15 @@ class AVQModel(AVQPreTrainedModel):
         config = self.config
         if input_values.dim() != 3:
             raise ConfigurationError(
-                f"input_values must have shape (batch, time, regions), found {tuple(input_values.shape)}."
+                "input_values must have shape (batch, time, regions), found "
+                f"{tuple(input_values.shape)}."
             )
         batch, time, regions = input_values.shape
         if time % config.patch_length or not 0 < time <= config.window_length:
             raise ConfigurationError(
                 f"input_values hold {time} samples a window; expected a multiple of patch_length = "
-                f"{config.patch_length}, at most window_length = {config.window_length}. AVQFeatureExtractor cuts such windows."
+                f"{config.patch_length}, at most window_length = {config.window_length}. "
+                "AVQFeatureExtractor cuts such windows."
             )
         coordinates = self._coordinates(region_coordinates, regions)
         device = input_values.device
@@ -388,7 +347,7 @@ class AVQModel(AVQPreTrainedModel):
         return values, coordinates, region_mask, time_mask
 
     def _patches(self, values):
-        batch, time, regions = values.shape
+        batch, _, regions = values.shape
         # (batch, time, regions) -> (batch, patches, regions, patch_length)
         return values.view(batch, -1, self.config.patch_length, regions).transpose(2, 3)
 
@@ -411,19 +370,20 @@ class AVQModel(AVQPreTrainedModel):
         """P of the quantised codes, (batch, tokens, text_width)."""
         if self.training or not bool(self.quantizer.initialized):
             return self.projection(output.quantized)
-        # A row of the projected table, not P of a batch: the bits must not depend on who shares the batch.
+        # A row of the projected table, not P of a batch: the bits must not depend on who shares
+        # the batch.
         return F.embedding(output.codes, self.project_codebook())
 
     def _decode(self, text_embeds, coordinates, code_coordinates):
-        """Series (batch, time, regions) at `coordinates` from text-space tokens (batch, tokens, text_width)."""
+        """Series (batch, time, regions) at `coordinates` from (batch, tokens, text_width)."""
         config = self.config
         grid = config.token_layout == "grid"
         per_patch = code_coordinates.shape[1] if grid else config.num_latents
         batch, tokens = text_embeds.shape[:2]
         if tokens % per_patch or not 0 < tokens // per_patch <= config.num_patches:
             raise ConfigurationError(
-                f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at most "
-                f"{config.num_patches} patches."
+                f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at "
+                f"most {config.num_patches} patches."
             )
         hidden = self.from_text(self.projection.standardize(text_embeds).to(self.dtype))
         hidden = hidden.view(batch, -1, per_patch, config.hidden_size)
@@ -436,13 +396,13 @@ class AVQModel(AVQPreTrainedModel):
             everywhere = torch.ones(batch, per_patch, dtype=torch.bool, device=hidden.device)
             latents = self.tokens_to_latents(hidden, source, everywhere)
         latents = self.decoder(latents, patch_mask)
-        patches = self.latents_to_regions(
-            latents, positions
-        )  # (batch, patches, regions, patch_length)
+        # (batch, patches, regions, patch_length)
+        patches = self.latents_to_regions(latents, positions)
         if grid:
             own = self.token_to_patch(hidden)
             if not same:
-                # Another parcellation: each target region takes its neighbours' own patches, 10 mm Gaussian weights.
+                # Another parcellation: each target region takes its neighbours' own patches by
+                # 10 mm Gaussian weights.
                 squared = torch.cdist(coordinates, code_coordinates).square()
                 own = torch.einsum(
                     "brs,bpsl->bprl", torch.softmax(-squared / 200.0, -1).expand(batch, -1, -1), own

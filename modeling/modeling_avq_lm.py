@@ -1,4 +1,6 @@
-"""A causal language model whose vocabulary holds fMRI codes: it reads scans, answers about them, and writes codes."""
+"""A causal language model whose vocabulary holds fMRI codes: it reads, answers and writes them."""
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,14 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Tricks used, one line each:
 
-    * codes are ordinary tokens: id = block offset + code, so every generation tool of the language model works on them;
-    * the rows of codes start as P(codebook), bit for bit: where the codec's domain classifier put them;
-    * the codec is frozen and always in evaluation mode, so a scan's codes never depend on training the language model;
-    * `fmri_input="features"` feeds continuous projected features at the same places instead, for comparison.
+    * codes are ordinary tokens: id = block offset + code, so every generation tool of the
+      language model works on them;
+    * the rows of codes start as P(codebook), bit for bit: where the codec's domain classifier put
+      them;
+    * the codec is frozen and always in evaluation mode, so a scan's codes never depend on
+      training the language model;
+    * `fmri_input="features"` feeds continuous projected features at the same places instead, for
+      comparison.
 
     Method names follow the multimodal models of transformers (Chameleon, Emu3, Janus).
     """
@@ -29,7 +35,7 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict = ["quantizer", "projection"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["quantizer", "projection"]
 
     def __init__(self, config: AVQLMConfig):
         super().__init__(config)
@@ -41,7 +47,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        # Both halves initialise themselves; this is reached only for modules of a foreign language model.
+        # Both halves initialise themselves; this is reached only for modules of a foreign language
+        # model.
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=0.02)
             if getattr(module, "bias", None) is not None:
@@ -59,7 +66,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         avq : AVQModel
             Its text space must be `lm`'s embedding table (`AVQModel.set_text_space`).
         lm : PreTrainedModel
-            Any causal language model with the text vocabulary that `tokenizer` was made from. It is resized in place.
+            Any causal language model with the text vocabulary that `tokenizer` was made from. It is
+            resized in place.
         tokenizer : AVQTokenizer
         **config_values
             Further fields of `AVQLMConfig`.
@@ -72,11 +80,13 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ConfigurationError
-            Another number of codes, another width, or another text table than the codec was aligned with.
+            Another number of codes, another width, or another text table than the codec was
+            aligned with.
         """
         if tokenizer.num_codes != avq.config.num_codes:
             raise ConfigurationError(
-                f"The tokenizer holds {tokenizer.num_codes} codes, the codec {avq.config.num_codes}. Build the tokenizer with "
+                f"The tokenizer holds {tokenizer.num_codes} codes, the codec "
+                f"{avq.config.num_codes}. Build the tokenizer with "
                 "AVQTokenizer.from_text_tokenizer(text_tokenizer, avq.config.num_codes)."
             )
         table = lm.get_input_embeddings().weight
@@ -87,9 +97,10 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         if avq.config.text_table_sha256 not in (None, tensor_sha256(table)):
             raise ConfigurationError(
-                f"The codec was aligned with the embedding table of {avq.config.text_model_id!r} (sha256 "
-                f"{avq.config.text_table_sha256[:12]}...), found another table (sha256 {tensor_sha256(table)[:12]}...). "
-                "Pass the language model that the codec was trained with."
+                f"The codec was aligned with the embedding table of {avq.config.text_model_id!r} "
+                f"(sha256 {avq.config.text_table_sha256[:12]}...), found another table (sha256 "
+                f"{tensor_sha256(table)[:12]}...). Pass the language model that the codec was "
+                "trained with."
             )
         mean, scale = table.mean(0), (table - table.mean(0)).std()
         text_rows = table.shape[0]
@@ -131,7 +142,7 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_fmri_tokens(
         self, input_values, region_coordinates=None, region_mask=None, time_mask=None
     ):
-        """Ids of the codes of windows: float32 (windows, time, regions) -> int64 (windows, tokens)."""
+        """Ids of windows' codes: float32 (windows, time, regions) -> int64 (windows, tokens)."""
         with torch.no_grad():
             codes = self.avq.encode(input_values, region_coordinates, region_mask, time_mask).codes
         return codes + self.config.fmri_offset
@@ -139,9 +150,10 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_fmri_features(
         self, input_values, region_coordinates=None, region_mask=None, time_mask=None
     ):
-        """Embeddings of windows, float32 (windows, tokens, hidden): of their codes, or continuous (`fmri_input`).
+        """Embeddings of windows, float32 (windows, tokens, hidden).
 
-        The continuous features are P of the unit vectors before quantisation.
+        Those of their codes, or continuous ones where the configuration's `fmri_input` says
+        "features": P of the unit vectors before quantisation.
         """
         if self.config.fmri_input == "codes":
             ids = self.get_fmri_tokens(input_values, region_coordinates, region_mask, time_mask)
@@ -153,11 +165,14 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return features.to(self.get_input_embeddings().weight.dtype)
 
     def decode_fmri_tokens(self, ids, region_coordinates=None):
-        """Region series of code ids: int64 (windows, tokens) -> float32 (windows, time, regions), z-score units."""
+        """Region series of code ids: int64 (windows, tokens) -> float32 (windows, time, regions).
+
+        In z-score units.
+        """
         return self.avq.decode(ids - self.config.fmri_offset, region_coordinates).reconstruction
 
     def _place(self, input_ids, input_values, region_coordinates, region_mask, time_mask):
-        """Put a scan's tokens (or features) at its placeholders; returns keyword inputs of the language model."""
+        """Put a scan's tokens (or features) at its placeholders: inputs of the language model."""
         holes = input_ids == self.config.fmri_token_id
         arguments = (input_values, region_coordinates, region_mask, time_mask)
         if self.config.fmri_input == "codes":
@@ -172,8 +187,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _check_holes(self, holes, count):
         if int(holes.sum()) != count:
             raise ConfigurationError(
-                f"The prompts hold {int(holes.sum())} placeholders, the windows give {count} codes. Make both with one call "
-                "of the AVQProcessor."
+                f"The prompts hold {int(holes.sum())} placeholders, the windows give {count} "
+                "codes. Make both with one call of the AVQProcessor."
             )
 
     # ------------------------------------------------------------------ the language model
@@ -190,7 +205,7 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels=None,
         **kwargs,
     ):
-        """The language model's forward pass; a scan given as `input_values` fills the placeholders of `input_ids`.
+        """The language model's forward pass; `input_values` fill the placeholders of `input_ids`.
 
         Parameters
         ----------
@@ -227,7 +242,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_values is not None:
             input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
             placed = self._place(input_ids, input_values, **scan)
-            # With features the ids stay beside the embeddings, so that what is returned holds the prompt either way.
+            # With features the ids stay beside the embeddings, so that what is returned holds the
+            # prompt either way.
             inputs, kwargs = None, {"input_ids": input_ids, **kwargs, **placed}
         return super().generate(inputs, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The codebook of the AVQ: cosine lookup, straight-through, k-means start, EMA update, revival of dead codes."""
+"""The codebook of the AVQ: cosine lookup, straight-through, k-means start, EMA, revival."""
 
 from typing import NamedTuple
 
@@ -29,7 +29,10 @@ class QuantizerOutput(NamedTuple):
 
 
 def straight_through(continuous: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-    """Value of `quantized`, gradient of `continuous` (Bengio et al. 2013; van den Oord et al. 2017)."""
+    """Value of `quantized`, gradient of `continuous`.
+
+    Source: Bengio et al. 2013; van den Oord et al. 2017.
+    """
     return continuous + (quantized - continuous).detach()
 
 
@@ -55,7 +58,8 @@ def spherical_kmeans(
     ----------
     vectors : float32, shape (vectors, code_dim)
     num_clusters : int
-        When there are fewer vectors than clusters the vectors are drawn with replacement and jittered.
+        When there are fewer vectors than clusters the vectors are drawn with replacement and
+        jittered.
 
     Returns
     -------
@@ -86,10 +90,10 @@ def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor, chunk: int = 409
 class AVQCodebook(nn.Module):
     """Codebook on the unit sphere.
 
-    Tricks used: factorised low-dimensional codes and cosine lookup (Yu et al. 2022, ViT-VQGAN); EMA update (van den
-    Oord et al. 2017); k-means start and revival of dead codes (Zeghidour et al. 2021, SoundStream), where a revived
-    code is the mean of vectors of several scans, never one person's; counts and sums added over all processes;
-    always float32.
+    Tricks used: factorised low-dimensional codes and cosine lookup (Yu et al. 2022, ViT-VQGAN); EMA
+    update (van den Oord et al. 2017); k-means start and revival of dead codes (Zeghidour et al.
+    2021, SoundStream), where a revived code is the mean of vectors of several scans, never one
+    person's; counts and sums added over all processes; always float32.
 
     All state that changes a decision (counts, sums, clock, started or not) is a persistent buffer.
     """
@@ -118,11 +122,13 @@ class AVQCodebook(nn.Module):
     ) -> QuantizerOutput:
         """Quantise `latents` (batch, tokens, code_dim); in training mode also update the codebook.
 
-        `token_mask` (batch, tokens) marks the tokens that hold data: the others get a code but do not count.
+        `token_mask` (batch, tokens) marks the tokens that hold data: the others get a code but do
+        not count.
         """
         latents = F.normalize(latents.float(), dim=-1)  # (batch, tokens, code_dim)
         if not bool(self.initialized):
-            # Before the k-means start training runs without quantisation, so that there is something to cluster.
+            # Before the k-means start training runs without quantisation, so that there is
+            # something to cluster.
             zero = latents.new_zeros(())
             codes = torch.zeros(latents.shape[:-1], dtype=torch.int64, device=latents.device)
             return QuantizerOutput(latents, codes, zero, zero, zero)
@@ -149,7 +155,7 @@ class AVQCodebook(nn.Module):
         return (self.code_count > self.revival_threshold * mean).float().mean()
 
     def start(self, vectors: torch.Tensor, seed: int = 0) -> None:
-        """Place the codebook by spherical k-means on `vectors` (vectors, code_dim) of all processes."""
+        """Place the codebook by k-means on all processes' `vectors` (vectors, code_dim)."""
         if _world_size() > 1:  # masked tokens can make the processes' numbers of vectors differ
             count = torch.tensor(len(vectors), device=vectors.device)
             dist.all_reduce(count, op=dist.ReduceOp.MIN)
@@ -167,7 +173,8 @@ class AVQCodebook(nn.Module):
         flat = latents[token_mask]
         sums = torch.zeros_like(self.code_sum).index_add_(0, codes[token_mask], flat)
         if _world_size() > 1:
-            # One all-reduce for both; every process must therefore run the same number of training forwards.
+            # One all-reduce for both; every process must therefore run the same number of training
+            # forwards.
             stacked = torch.cat([counts[:, None], sums], dim=1)
             dist.all_reduce(stacked)
             counts, sums = stacked[:, 0].contiguous(), stacked[:, 1:].contiguous()
@@ -186,7 +193,11 @@ class AVQCodebook(nn.Module):
         return counts
 
     def _revive(self, latents, token_mask, neighbours: int = 3):
-        """Move dead codes to where data are: the mean of the nearest vectors of other scans to a random anchor."""
+        """Move dead codes to where data are.
+
+        A revived code is the mean of those vectors of other scans that are nearest to a random
+        anchor.
+        """
         mean = self.code_count.mean()
         dead = (self.code_count < self.revival_threshold * mean).nonzero()[:, 0]
         scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(
@@ -211,7 +222,8 @@ class AVQCodebook(nn.Module):
             anchor = anchors[part]
             similarity = pool[anchor] @ pool.T  # (codes, pool)
             similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
-            # One neighbour from each of several disjoint groups of scans: a mean over different people, always.
+            # One neighbour from each of several disjoint groups of scans: a mean over different
+            # people, always.
             near = [
                 similarity.masked_fill(owner[None] % neighbours != group, -3.0).argmax(-1)
                 for group in range(neighbours)
@@ -219,7 +231,8 @@ class AVQCodebook(nn.Module):
             revived[part] = F.normalize(sum(pool[index] for index in near), dim=-1)
         if _world_size() > 1:
             dist.broadcast(revived, src=0)
-        # Count and sum are reset together with the code: otherwise the next EMA step would undo the revival.
+        # Count and sum are reset together with the code: otherwise the next EMA step would undo the
+        # revival.
         self.codebook[dead] = revived
         self.code_count[dead] = mean
         self.code_sum[dead] = revived * mean
