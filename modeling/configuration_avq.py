@@ -36,6 +36,15 @@ def refuse_unknown_keys(config_name: str, unknown: dict, known: set[str]) -> Non
         raise ConfigurationError(f"{config_name} has no field {key!r}.{hint}")
 
 
+def _is_point(row) -> bool:
+    """Whether `row` is three finite numbers."""
+    return (
+        isinstance(row, (list, tuple))
+        and len(row) == 3
+        and all(isinstance(value, (int, float)) and math.isfinite(value) for value in row)
+    )
+
+
 class AVQConfig(PreTrainedConfig):
     """Sizes, token layout, codebook, text space and loss weights of an `AVQModel`.
 
@@ -199,7 +208,7 @@ class AVQConfig(PreTrainedConfig):
         coordinates, labels = self.region_coordinates, self.region_labels
         if coordinates is None:
             return
-        if any(len(row) != 3 or not all(math.isfinite(v) for v in row) for row in coordinates):
+        if not coordinates or not all(_is_point(row) for row in coordinates):
             raise ConfigurationError(
                 "AVQConfig.region_coordinates must be finite [x, y, z] rows in mm, one per region."
             )

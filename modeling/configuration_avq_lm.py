@@ -7,6 +7,18 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_avq import AVQConfig, ConfigurationError, refuse_unknown_keys
 
+# Fields that are integers, and the least they may be.
+_INTEGERS = {
+    "windows_per_prompt": 1,
+    "prompts_per_scan": 1,
+    "fmri_offset": 0,
+    "connectivity_offset": 0,
+    "fmri_token_id": 0,
+    "bof_token_id": 0,
+    "eof_token_id": 0,
+    "sep_token_id": 0,
+}
+
 
 class AVQLMConfig(PreTrainedConfig):
     """An `AVQConfig`, a language model's configuration, and where in the vocabulary codes lie.
@@ -69,10 +81,11 @@ class AVQLMConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"AVQLMConfig.fmri_input must be 'codes' or 'features', found {self.fmri_input!r}."
             )
-        for name in ("windows_per_prompt", "prompts_per_scan"):
-            if getattr(self, name) < 1:
+        for name, lowest in _INTEGERS.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise ConfigurationError(
-                    f"AVQLMConfig.{name} must be at least 1, found {getattr(self, name)!r}."
+                    f"AVQLMConfig.{name} must be an integer >= {lowest}, found {value!r}."
                 )
         first, second = self.fmri_offset, self.connectivity_offset
         codes, more = self.avq_config.num_codes, self.avq_config.num_connectivity_codes

@@ -52,7 +52,8 @@ class RegionsToLatents(nn.Module):
         )
         # The count of regions present, not of all, keeps the scale alike for any parcellation and
         # any missing region.
-        weight = weight * (14.0 / region_mask.sum(-1).clamp(min=1))[:, None, None, None]
+        scale = 14.0 / region_mask.sum(-1).clamp(min=1)  # (batch,)
+        weight = weight * scale.to(weight.dtype)[:, None, None, None]
         mixed = torch.einsum("bprhd,brhm->bpmhd", value, weight)
         return self.out(mixed.flatten(-2))  # (batch, patches, latents, hidden)
 
@@ -176,4 +177,4 @@ class DomainClassifier(nn.Module):
         )
 
     def forward(self, embeddings):
-        return self.layers(embeddings)[..., 0]
+        return self.layers(embeddings.to(self.layers[0].weight.dtype))[..., 0].float()

@@ -38,7 +38,13 @@ class AVQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "avq"
     main_input_name = "input_values"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["quantizer", "projection"]
+    # The codebook's tensors by name: its clock and its switch are no floats.
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
+        "quantizer.codebook",
+        "quantizer.code_sum",
+        "quantizer.code_count",
+        "projection",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -138,16 +144,13 @@ class AVQModel(AVQPreTrainedModel):
         Raises
         ------
         ConfigurationError
-            The shapes do not fit the configuration, or the codebook was never started.
+            The shapes do not fit the configuration, values that no mask covers are not finite, or
+            the codebook was never started.
         """
-        if not bool(self.quantizer.initialized):
-            raise ConfigurationError(
-                "The codebook of this AVQModel was never started, so its codes mean nothing. Train "
-                "it first (`cortexicon train avq CONFIG`) or load a trained checkpoint."
-            )
+        self._check_started()
         inputs = self._prepare(input_values, region_coordinates, region_mask, time_mask)
         latents, token_mask = self._encode(*inputs)
-        output = self.quantizer(latents, token_mask)
+        output = self.quantizer(latents, token_mask, update=False)
         return AVQEncoderOutput(
             codes=output.codes,
             quantized=output.quantized,
@@ -169,8 +172,10 @@ class AVQModel(AVQPreTrainedModel):
         Raises
         ------
         ConfigurationError
-            Codes out of range, or a number of tokens that is no whole number of patches.
+            Codes out of range, a number of tokens that is no whole number of patches, or a codebook
+            that was never started.
         """
+        self._check_started()
         if codes.dtype.is_floating_point or codes.dim() != 2:
             raise ConfigurationError(
                 f"codes must be integers of shape (batch, tokens), found {codes.dtype} "
@@ -293,9 +298,18 @@ class AVQModel(AVQPreTrainedModel):
 
     def codebook_fingerprint(self) -> str:
         """sha256 of codebook and projection, hex; travels with codes: no other decodes them."""
-        return tensor_sha256(torch.cat([self.quantizer.codebook, self.project_codebook()], dim=1))
+        # Of what is stored, not of P(codebook): another machine computes that with other last bits.
+        stored = [self.quantizer.codebook, *self.projection.state_dict().values()]
+        return tensor_sha256(torch.cat([tensor.detach().float().flatten() for tensor in stored]))
 
     # ------------------------------------------------------------------ inside
+
+    def _check_started(self):
+        if not bool(self.quantizer.initialized):
+            raise ConfigurationError(
+                "The codebook of this AVQModel was never started, so its codes mean nothing. Train "
+                "it first (`cortexicon train avq CONFIG`) or load a trained checkpoint."
+            )
 
     def _coordinates(self, coordinates, regions):
         if coordinates is None:
@@ -343,7 +357,15 @@ class AVQModel(AVQPreTrainedModel):
         if time_mask is None:
             time_mask = torch.ones(batch, time, dtype=torch.bool, device=device)
         region_mask, time_mask = region_mask.bool(), time_mask.bool()
-        values = input_values.float() * (time_mask[:, :, None] & region_mask[:, None, :])
+        present = time_mask[:, :, None] & region_mask[:, None, :]
+        # Filled, not multiplied: a masked NaN times 0 is NaN.
+        values = input_values.float().masked_fill(~present, 0.0)
+        bad = ~torch.isfinite(values).all(2).all(1)
+        if bool(bad.any()):
+            raise ConfigurationError(
+                f"input_values hold NaN or infinite values in rows {bad.nonzero()[:, 0].tolist()} "
+                "of the batch. Mask those regions (region_mask) or leave those scans out."
+            )
         return values, coordinates, region_mask, time_mask
 
     def _patches(self, values):

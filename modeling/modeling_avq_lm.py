@@ -1,5 +1,6 @@
 """A causal language model whose vocabulary holds fMRI codes: it reads, answers and writes them."""
 
+import inspect
 from typing import ClassVar
 
 import torch
@@ -35,15 +36,14 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _supports_sdpa = True
-    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["quantizer", "projection"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = AVQModel._keep_in_fp32_modules_strict
 
     def __init__(self, config: AVQLMConfig):
         super().__init__(config)
         self.avq = AVQModel._from_config(config.avq_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.avq.requires_grad_(False)
-        self.avq.eval()
         self.post_init()
+        self.train(self.training)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -80,8 +80,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises
         ------
         ConfigurationError
-            Another number of codes, another width, or another text table than the codec was
-            aligned with.
+            Another number of codes, another width, another text vocabulary, or another text table
+            than the codec was aligned with.
         """
         if tokenizer.num_codes != avq.config.num_codes:
             raise ConfigurationError(
@@ -102,14 +102,19 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 f"{tensor_sha256(table)[:12]}...). Pass the language model that the codec was "
                 "trained with."
             )
+        text_rows = tokenizer.bof_token_id  # the first marker follows the text vocabulary
+        if text_rows > table.shape[0]:
+            raise ConfigurationError(
+                f"The tokenizer's text vocabulary has {text_rows} tokens, the language model's "
+                f"table {table.shape[0]} rows. Build the tokenizer from this language model's own."
+            )
         mean, scale = table.mean(0), (table - table.mean(0)).std()
-        text_rows = table.shape[0]
+        # Tables are often padded beyond their vocabulary: new tokens take those rows first.
+        size = max(len(tokenizer), table.shape[0])
         # NOTE: the default mean_resizing makes all new rows alike; they are all written below.
-        lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        lm.resize_token_embeddings(size, mean_resizing=False)
         generator = torch.Generator().manual_seed(0)
-        fresh = torch.randn(len(tokenizer) - text_rows, table.shape[1], generator=generator).to(
-            mean
-        )
+        fresh = torch.randn(size - text_rows, table.shape[1], generator=generator).to(mean)
         rows = [lm.get_input_embeddings().weight]
         output = lm.get_output_embeddings()
         if output is not None and output.weight is not rows[0]:
@@ -201,7 +206,9 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         region_coordinates=None,
         region_mask=None,
         time_mask=None,
+        num_windows=None,
         inputs_embeds=None,
+        position_ids=None,
         labels=None,
         **kwargs,
     ):
@@ -213,6 +220,10 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask : bool or int, shape (batch, sequence)
         input_values : float32, shape (windows, time, regions), optional
             All windows of the batch, in the order of the placeholders.
+        num_windows : int64, shape (scans,), optional
+            Comes with the output of an `AVQProcessor`; the placeholders already say as much.
+        position_ids : int64, shape (batch, sequence), optional
+            `generate` makes them from the attention mask, so that padding shifts no position.
         labels : int64, shape (batch, sequence), optional
 
         Returns
@@ -226,6 +237,9 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids, inputs_embeds = placed.get("input_ids"), placed.get("inputs_embeds")
         if inputs_embeds is not None:
             input_ids = None
+        takes = inspect.signature(self.language_model.forward).parameters
+        if position_ids is not None and "position_ids" in takes:  # not every model has positions
+            kwargs["position_ids"] = position_ids
         return self.language_model(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -239,6 +253,7 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scan = {
             key: kwargs.pop(key, None) for key in ("region_coordinates", "region_mask", "time_mask")
         }
+        kwargs.pop("num_windows", None)
         if input_values is not None:
             input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
             placed = self._place(input_ids, input_values, **scan)
@@ -248,8 +263,11 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().generate(inputs, **kwargs)
 
     def train(self, mode: bool = True):
-        """Training mode for the language model only: the codec's codebook must not move."""
+        """Training mode for the language model only: the codec must not move."""
         super().train(mode)
+        # Not in __init__ alone: loading a checkpoint makes new, trainable parameters, and then
+        # calls this.
+        self.avq.requires_grad_(False)
         self.avq.eval()
         return self
 

@@ -118,12 +118,15 @@ class AVQCodebook(nn.Module):
         return F.embedding(codes, self.codebook)
 
     def forward(
-        self, latents: torch.Tensor, token_mask: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        update: bool | None = None,
     ) -> QuantizerOutput:
-        """Quantise `latents` (batch, tokens, code_dim); in training mode also update the codebook.
+        """Quantise `latents` (batch, tokens, code_dim) and `update` the codebook.
 
         `token_mask` (batch, tokens) marks the tokens that hold data: the others get a code but do
-        not count.
+        not count. `update` defaults to whether the module is in training mode.
         """
         latents = F.normalize(latents.float(), dim=-1)  # (batch, tokens, code_dim)
         if not bool(self.initialized):
@@ -140,7 +143,7 @@ class AVQCodebook(nn.Module):
             token_mask = torch.ones_like(codes, dtype=torch.bool)
         commitment_loss = (error * token_mask).sum() / token_mask.sum().clamp(min=1)
         counts = torch.bincount(codes[token_mask], minlength=self.num_codes).float()
-        if self.training:
+        if self.training if update is None else update:
             with torch.no_grad():
                 counts = self._update(latents.detach(), codes, token_mask, counts)
         share = counts / counts.sum().clamp(min=1)
@@ -210,8 +213,10 @@ class AVQCodebook(nn.Module):
         owner = (
             owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
         )
-        pool, owner = pool[valid], owner[valid]
-        if len(dead) == 0 or len(owner.unique()) < 2 * neighbours:
+        # Scans without a valid token leave gaps; numbered anew, every group below holds two scans
+        # or more.
+        pool, (scans, owner) = pool[valid], owner[valid].unique(return_inverse=True)
+        if len(dead) == 0 or len(scans) < 2 * neighbours:
             return
         generator = torch.Generator().manual_seed(int(self.updates))
         if len(dead) > len(pool):
