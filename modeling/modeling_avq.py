@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_avq import AVQConfig, ConfigurationError
+from .inputs_avq import checked_coordinates, whole_mask
 from .layers_avq import (
     DomainClassifier,
     LatentsToRegions,
@@ -312,28 +313,7 @@ class AVQModel(AVQPreTrainedModel):
             )
 
     def _coordinates(self, coordinates, regions):
-        if coordinates is None:
-            if self.config.region_coordinates is None:
-                raise ConfigurationError(
-                    "region_coordinates are needed: this checkpoint stores none of its own. Pass "
-                    "(1, regions, 3) in mm, MNI."
-                )
-            coordinates = torch.tensor(
-                self.config.region_coordinates, dtype=torch.float32, device=self.device
-            )[None]
-            if regions is not None and coordinates.shape[1] != regions:
-                raise ConfigurationError(
-                    f"input_values have {regions} regions, the checkpoint's atlas "
-                    f"{self.config.atlas!r} has {coordinates.shape[1]}. Pass region_coordinates of "
-                    "the atlas that the input is in."
-                )
-        if coordinates.dim() == 2:
-            coordinates = coordinates[None]
-        if coordinates.shape[-1] != 3 or (regions is not None and coordinates.shape[1] != regions):
-            raise ConfigurationError(
-                f"region_coordinates must have shape (batch or 1, {regions or 'regions'}, 3) in "
-                f"mm, found {tuple(coordinates.shape)}."
-            )
+        coordinates = checked_coordinates(coordinates, self.config, regions)
         return coordinates.to(self.projection.text_mean)
 
     def _prepare(self, input_values, region_coordinates=None, region_mask=None, time_mask=None):
@@ -351,12 +331,14 @@ class AVQModel(AVQPreTrainedModel):
                 "AVQFeatureExtractor cuts such windows."
             )
         coordinates = self._coordinates(region_coordinates, regions)
+        if coordinates.shape[0] not in (1, batch):
+            raise ConfigurationError(
+                f"region_coordinates hold {coordinates.shape[0]} rows for {batch} windows; "
+                "expected one row for all or one for each."
+            )
         device = input_values.device
-        if region_mask is None:
-            region_mask = torch.ones(batch, regions, dtype=torch.bool, device=device)
-        if time_mask is None:
-            time_mask = torch.ones(batch, time, dtype=torch.bool, device=device)
-        region_mask, time_mask = region_mask.bool(), time_mask.bool()
+        region_mask = whole_mask(region_mask, "region_mask", batch, regions, device)
+        time_mask = whole_mask(time_mask, "time_mask", batch, time, device)
         present = time_mask[:, :, None] & region_mask[:, None, :]
         # Filled, not multiplied: a masked NaN times 0 is NaN.
         values = input_values.float().masked_fill(~present, 0.0)

@@ -131,7 +131,9 @@ def test_all_state_is_saved():
 
 
 def test_kmeans_finds_the_clusters():
-    centres = F.normalize(torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [-1.0, 0, 0]]), dim=1)
+    centres = F.normalize(
+        torch.tensor([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 1.0], [-1.0, 0, 0]]), dim=1
+    )
     noise = 0.05 * torch.randn(4, 50, 3, generator=torch.Generator().manual_seed(4))
     vectors = F.normalize(centres[:, None] + noise, dim=-1).flatten(0, 1)
     found = [spherical_kmeans(vectors, 4, seed=seed) for seed in range(5)]  # some start badly

@@ -30,7 +30,9 @@ def assert_same_codes_but_for_ties(codec, windows, found, expected):
     """Codes differ only where two codes are equally near; their number is printed."""
     different = found != expected
     assert (gap_of_the_two_best(codec, windows)[different] < 1e-5).all()
-    print(f"{codec.config.token_layout}: {int(different.sum())} of {different.numel()} codes differ")
+    print(
+        f"{codec.config.token_layout}: {int(different.sum())} of {different.numel()} codes differ"
+    )
     assert different.float().mean() < 1e-3
 
 
@@ -173,6 +175,22 @@ def bad_coordinates(codec, windows):
     codec.encode(windows, torch.zeros(1, REGIONS, 2))
 
 
+def nan_coordinates(codec, windows):
+    codec.encode(windows, torch.full((1, REGIONS, 3), math.nan))
+
+
+def coordinates_of_other_rows(codec, windows):
+    codec.encode(windows, torch.zeros(2, REGIONS, 3))
+
+
+def region_mask_of_other_rows(codec, windows):
+    codec.encode(windows[:1], region_mask=torch.ones(2, REGIONS))
+
+
+def time_mask_of_another_length(codec, windows):
+    codec.encode(windows, time_mask=torch.ones(len(windows), 10))
+
+
 def nan_value(codec, windows):
     codec.encode(windows.index_fill(0, torch.tensor([3, 5]), math.nan))
 
@@ -226,6 +244,10 @@ def wrong_text_table(codec, windows):
         (too_long, "at most window_length = 20"),
         (other_atlas, "7 regions, the checkpoint's atlas 'toy' has 10"),
         (bad_coordinates, r"shape \(batch or 1, 10, 3\) in mm, found \(1, 10, 2\)"),
+        (nan_coordinates, "region_coordinates hold NaN or infinite values"),
+        (coordinates_of_other_rows, "region_coordinates hold 2 rows for 9 windows"),
+        (region_mask_of_other_rows, r"region_mask must have shape \(1, 10\) .* found \(2, 10\)"),
+        (time_mask_of_another_length, r"time_mask must have shape \(9, 20\) .* found \(9, 10\)"),
         (nan_value, r"NaN or infinite values in rows \[3, 5\]"),
         (infinite_value, r"NaN or infinite values in rows \[2\]"),
         (never_started, "never started"),

@@ -131,5 +131,5 @@ def test_a_composite_configuration_survives_a_file(parts, sizes, tmp_path):
 
 
 def test_a_bad_nested_value_is_refused(parts, sizes):
-    with pytest.raises(ConfigurationError, match="AVQConfig.patch_length"):
+    with pytest.raises(ConfigurationError, match=r"AVQConfig\.patch_length"):
         AVQLMConfig(**{**parts, "avq_config": {**sizes, "patch_length": 0}})

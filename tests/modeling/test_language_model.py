@@ -1,4 +1,4 @@
-"""The language model of codes: its rows, its placeholders, generation, padding, the frozen codec."""
+"""The language model of codes: rows, placeholders, generation, padding, the frozen codec."""
 
 import pytest
 import torch
@@ -228,7 +228,8 @@ def test_a_loss_comes_with_labels(make_avq_lm, processor, scan):
 def test_prompts_and_windows_that_do_not_match_are_refused(make_avq_lm, processor, scan):
     model = make_avq_lm()
     inputs = processor(text=QUESTION, fmri=scan, tr=2.0)
-    inputs["input_values"] = inputs["input_values"][:1]
+    for name in ("input_values", "region_mask", "time_mask"):
+        inputs[name] = inputs[name][:1]
     with pytest.raises(ConfigurationError, match="hold 12 placeholders, the windows give 6 codes"):
         model.generate(**inputs, max_new_tokens=1)
 

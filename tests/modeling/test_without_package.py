@@ -60,7 +60,7 @@ def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_
     (make_codec() if name == "avq" else make_avq_lm()).save_pretrained(tmp_path)
     shipped = {path.name for path in tmp_path.glob("*.py")}
     needed = {"configuration_avq", "modeling_avq", "layers_avq", "losses_avq", "outputs_avq"}
-    needed |= {"quantization_avq"}
+    needed |= {"quantization_avq", "inputs_avq"}
     needed |= {"configuration_avq_lm", "modeling_avq_lm"} if name == "lm" else set()
     assert shipped == {f"{stem}.py" for stem in needed}
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
