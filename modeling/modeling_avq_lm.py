@@ -253,7 +253,6 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         scan = {
             key: kwargs.pop(key, None) for key in ("region_coordinates", "region_mask", "time_mask")
         }
-        kwargs.pop("num_windows", None)
         if input_values is not None:
             input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
             placed = self._place(input_ids, input_values, **scan)

@@ -119,6 +119,17 @@ def test_what_is_masked_has_no_influence(codec, windows, garbage):
 
 
 @torch.no_grad()
+def test_a_masked_region_is_as_if_it_were_not_in_the_parcellation(make_codec, many):
+    codec, kept = make_codec(), [0, 1, 3, 4, 5, 6, 8, 9]
+    mask = torch.zeros(1, REGIONS, dtype=torch.bool)
+    mask[:, kept] = True
+    masked = codec.encode(many, region_mask=mask).codes
+    without = codec.encode(many[..., kept], torch.tensor(codec.config.region_coordinates)[kept])
+    assert (masked != without.codes).float().mean() < 1e-3
+    assert (masked != codec.encode(many).codes).float().mean() > 0.1
+
+
+@torch.no_grad()
 def test_padded_patches_leave_the_others_alone(make_codec, windows):
     codec = make_codec()
     time_mask = torch.ones(len(windows), WINDOW, dtype=torch.bool)
