@@ -54,6 +54,7 @@ class AVQArguments:
     codebook_batches: int = 8
     text_batch_size: int = 1024
     adversary: bool = True
+    classifier_rate: float = 0.1
     eval_windows: int = 256
     log_steps: int = 20
     eval_steps: int = 200
@@ -124,11 +125,21 @@ def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[st
     }
 
 
-def parameter_groups(model: AVQModel, weight_decay: float) -> list[dict]:
-    """Matrices decay; biases, norms and embeddings do not."""
-    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
-    keep = [p for n, p in model.named_parameters() if p.ndim <= 1 or "embedding" in n]
-    return [{"params": decay, "weight_decay": weight_decay}, {"params": keep, "weight_decay": 0.0}]
+def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
+    """Matrices decay; biases, norms and embeddings do not; the classifier learns more slowly.
+
+    NOTE: a classifier that wins early is certain, and a certain one has no gradient to reverse. Adam hides the
+    loss's weight from it, so its learning rate is what must be held back.
+    """
+    classifier = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
+    rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("classifier.")]
+    decay = [p for n, p in rest if p.ndim > 1 and "embedding" not in n]
+    keep = [p for n, p in rest if p.ndim <= 1 or "embedding" in n]
+    return [
+        {"params": decay, "weight_decay": weight_decay, "rate": 1.0},
+        {"params": keep, "weight_decay": 0.0, "rate": 1.0},
+        {"params": classifier, "weight_decay": weight_decay, "rate": classifier_rate},
+    ]
 
 
 def main(argv: list[str]) -> int:
@@ -183,7 +194,7 @@ def main(argv: list[str]) -> int:
     )
 
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, arguments.weight_decay),
+        parameter_groups(model, arguments.weight_decay, arguments.classifier_rate),
         lr=arguments.learning_rate,
         betas=(0.9, 0.95),
     )
@@ -223,10 +234,11 @@ def main(argv: list[str]) -> int:
                 [batch_at(1, k) for k in range(arguments.codebook_batches)], seed=arguments.seed
             )
         strength = reversal_strength(step / arguments.max_steps)
+        rate = learning_rate_at(
+            step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
+        )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(
-                step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
-            )
+            group["lr"] = rate * group["rate"]
         text = None
         if arguments.adversary:
             text = text_domain.draw(

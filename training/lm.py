@@ -52,6 +52,7 @@ class LMArguments:
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
     window_stride: int = 10
+    window_questions: bool = True
     series_per_row: int = 2
     target_weight: float = 4.0
     number_sd: float = 3.0
@@ -281,9 +282,7 @@ def main(argv: list[str]) -> int:
                 for target in targets
                 if people[target["name"]].notna()[subject]
             ]
-            if (
-                arguments.windows_per_prompt == 1
-            ):  # of several windows each would need a name in the question
+            if arguments.window_questions and arguments.windows_per_prompt == 1:  # of several windows each would need a name in the question
                 window = picked[0]
                 asked += questions.draw(
                     rng, windows.series[window], windows.couplings[window], arguments.series_per_row
