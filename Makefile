@@ -8,7 +8,7 @@ VENV ?= .venv
 RUN ?= runs/demo
 COHORT ?=
 SEED ?= 0
-SUBJECTS ?= 1200
+SUBJECTS ?= 1300
 WORKERS ?= 2
 
 BIN := $(VENV)/bin

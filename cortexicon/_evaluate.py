@@ -125,6 +125,7 @@ def _score_codec(
         tokens_per_window=config.tokens_per_window,
         regions=cohort.regions,
         items_test_sites=scans(parts.get("test_sites", ())),
+        groups=_native_interval(checkpoint, cohort),
         examples_path=json_path.parent / "reconstruction_examples.npz",
     )
     scores["usage"] = scores["codebook"]["usage"]
@@ -135,6 +136,13 @@ def _score_codec(
     scores["cohort_hash"] = cohort.content_hash
     scores["left_out"] = {scan.subject_id: scan.reason for scan in skipped}
     return scores
+
+
+def _native_interval(checkpoint: Checkpoint, cohort: Cohort) -> dict[str, str]:
+    """Scans acquired at the codec's own interval, scored apart too: nothing was resampled."""
+    interval = checkpoint.codec.config.sampling_interval
+    same = cohort.participants["tr"].sub(interval).abs() < 1e-6
+    return {str(subject): f"TR {interval:g} s" for subject in same.index[same]}
 
 
 def _score_tokenizer(
@@ -160,9 +168,11 @@ def _score_tokenizer(
             training,
             cohort_windows(extractor, cohort, list(parts["test"])),
             num_codes=config.num_codes,
-            patch_length=config.patch_length,
+            # Four patches a window, whatever the codec's: with 128 tokens the published row.
+            patch_length=config.window_length // 4,
             tokens_per_window=config.tokens_per_window,
             window_seconds=config.window_length * config.sampling_interval,
+            groups=_native_interval(checkpoint, cohort),
         ),
     )
 

@@ -128,8 +128,9 @@ def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[st
 def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
     """Matrices decay; biases, norms and embeddings do not; the classifier learns more slowly.
 
-    NOTE: a classifier that wins early is certain, and a certain one has no gradient to reverse. Adam hides the
-    loss's weight from it, so its learning rate is what must be held back.
+    NOTE: a classifier that wins early is certain, and a certain one has no gradient to reverse; one
+    with large weights reverses gradients that tear the codebook apart. Adam hides the loss's weight
+    from it, so its learning rate is held back, and strong decay keeps it smooth.
     """
     classifier = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
     rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("classifier.")]
@@ -138,7 +139,7 @@ def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: floa
     return [
         {"params": decay, "weight_decay": weight_decay, "rate": 1.0},
         {"params": keep, "weight_decay": 0.0, "rate": 1.0},
-        {"params": classifier, "weight_decay": weight_decay, "rate": classifier_rate},
+        {"params": classifier, "weight_decay": 1.0, "rate": classifier_rate},
     ]
 
 

@@ -1,9 +1,9 @@
-"""`cortexicon train lm CONFIG`: a language model that reads the codec's codes and answers about the scan.
+"""`cortexicon train lm CONFIG`: a language model that reads codes and answers about the scan.
 
-The run in one look: codec and language model are joined over one vocabulary; all windows of the training scans are
-encoded once; every step takes one prompt of `windows_per_prompt` windows from each of `batch_size` subjects and asks it
-everything: the clinical targets, and questions about the window that the window itself answers. Validation subjects
-choose the checkpoint that is kept and the readout of each number.
+The run in one look: codec and language model are joined over one vocabulary; all windows of the
+training scans are encoded once; every step takes one prompt of `windows_per_prompt` windows from
+each of `batch_size` subjects and asks every clinical target of it. Validation subjects choose the
+checkpoint that is kept and the readout of each number.
 """
 
 import json
@@ -35,7 +35,7 @@ from .callbacks import (
     write_run_facts,
 )
 from .collators import prepare_scans
-from .prompts import Answer, RowBuilder, WindowQuestions, answer_loss, checked_targets
+from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 
 
 @dataclass
@@ -52,9 +52,6 @@ class LMArguments:
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
     window_stride: int = 10
-    window_questions: bool = True
-    series_per_row: int = 2
-    target_weight: float = 4.0
     number_sd: float = 3.0
     token_dropout: float = 0.1
     train_code_rows: bool = False
@@ -74,39 +71,28 @@ class LMArguments:
 
 @dataclass
 class EncodedWindows:
-    """Codes of all training windows int64 (windows, tokens), the windows of each scan, and what each window answers."""
+    """Codes of all training windows int64 (windows, tokens), and the windows of each scan."""
 
     codes: np.ndarray
     of_scan: list[np.ndarray]
-    series: np.ndarray
-    couplings: np.ndarray
 
 
 @torch.inference_mode()
-def encode_windows(
-    codec: AVQModel, scans, stride: int, questions: WindowQuestions, quiet: bool
-) -> EncodedWindows:
+def encode_windows(codec: AVQModel, scans, stride: int, quiet: bool) -> EncodedWindows:
     """Encode the windows that start every `stride` samples of every scan."""
     length = codec.config.window_length
-    codes, of_scan, answers = [], [], []
+    codes, of_scan = [], []
     count = 0
-    for scan in tqdm(
-        range(len(scans)), desc="encode training windows", mininterval=2.0, disable=quiet
-    ):
+    for scan in tqdm(range(len(scans)), "encode training windows", mininterval=2.0, disable=quiet):
         series = scans.series[scan]
-        windows = np.stack(
-            [series[s : s + length] for s in range(0, len(series) - length + 1, stride)]
-        )
+        starts = range(0, len(series) - length + 1, stride)
+        windows = torch.from_numpy(np.stack([series[s : s + length] for s in starts]))
         mask = torch.from_numpy(scans.region_masks[scan]).expand(len(windows), -1)
-        encoded = codec.encode(
-            torch.from_numpy(windows).to(codec.device), region_mask=mask.to(codec.device)
-        )
+        encoded = codec.encode(windows.to(codec.device), region_mask=mask.to(codec.device))
         codes.append(encoded.codes.cpu().numpy())
-        answers.append(questions.measure(windows))
         of_scan.append(np.arange(count, count + len(windows)))
         count += len(windows)
-    series, couplings = (np.concatenate(part) for part in zip(*answers, strict=True))
-    return EncodedWindows(np.concatenate(codes), of_scan, series, couplings)
+    return EncodedWindows(np.concatenate(codes), of_scan)
 
 
 def validate(
@@ -192,11 +178,7 @@ def main(argv: list[str]) -> int:
 
     # Every code that training will need, computed once.
     scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
-    networks = cohort.regions["network"].tolist() if "network" in cohort.regions else []
-    questions = WindowQuestions(networks or [""] * len(cohort.labels))
-    windows = encode_windows(
-        codec, scans, arguments.window_stride, questions, quiet=not main_process
-    )
+    windows = encode_windows(codec, scans, arguments.window_stride, quiet=not main_process)
     validation = encode_prompts(
         codec,
         extractor,
@@ -262,7 +244,7 @@ def main(argv: list[str]) -> int:
     placeholder = processor.tokenizer.fmri_token_id
 
     def batch_at(step: int):
-        """Rows of one step: different subjects, random windows of each, every target and some couplings."""
+        """Rows of one step: different subjects, random windows of each, every target."""
         rng = np.random.default_rng([arguments.seed, step])
         wanted = arguments.batch_size * accelerator.num_processes
         chosen = np.concatenate(
@@ -273,20 +255,10 @@ def main(argv: list[str]) -> int:
             picked = rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)
             subject = scans.subject_ids[scan]
             asked = [
-                Answer(
-                    target["question"],
-                    target,
-                    people.at[subject, target["name"]],
-                    arguments.target_weight,
-                )
+                Answer(target["question"], target, people.at[subject, target["name"]])
                 for target in targets
                 if people[target["name"]].notna()[subject]
             ]
-            if arguments.window_questions and arguments.windows_per_prompt == 1:  # of several windows each would need a name in the question
-                window = picked[0]
-                asked += questions.draw(
-                    rng, windows.series[window], windows.couplings[window], arguments.series_per_row
-                )
             codes.append(windows.codes[picked])
             answers.append(asked)
         mine = slice(
@@ -318,9 +290,7 @@ def main(argv: list[str]) -> int:
             logits_to_keep=kept.to(accelerator.device),
             use_cache=False,
         )
-        loss = answer_loss(
-            out.logits[batch["places"][:, 0], column], batch["labels"], batch["weights"]
-        )
+        loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
         accelerator.backward(loss)
         gradient = accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()

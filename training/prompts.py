@@ -11,8 +11,6 @@ from cortexicon.tokenization import AVQProcessor
 
 from .arguments import TrainingError
 
-WINDOW_ANSWER_RANGE = (0, 100)
-
 
 @dataclass
 class Answer:
@@ -23,16 +21,13 @@ class Answer:
     question : str
     target : dict
         Says what answers are valid, as in `AVQLMConfig.targets`.
-    value : float, str or list of float
-        The true number or class; or several numbers, written one after the other.
-    weight : float
-        Of this answer's loss.
+    value : float or str
+        The true number or class.
     """
 
     question: str
     target: dict[str, Any]
     value: Any
-    weight: float = 1.0
 
 
 def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[str, Any]]:
@@ -78,59 +73,6 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
     return checked
 
 
-class WindowQuestions:
-    """Questions whose answers are computed from the window itself; they teach the language model to read codes at all.
-
-    *Series*: a network's mean series, one number for every `SERIES_STEP` samples, 50 + 20 z. *Couplings*: the correlation
-    of every pair of networks' mean series, 50 + 50 r, as one list in the order of `pairs`. Neither holds anything about
-    the person beyond the window. A cohort without a column `network` in its regions has no such questions.
-    """
-
-    SERIES_STEP = 4
-
-    def __init__(self, networks: list[str]):
-        labels = np.array([str(name) for name in networks])
-        self.names = sorted(set(labels) - {"nan", "None", "", "n/a"})
-        self.averages = np.stack(
-            [(labels == name) / (labels == name).sum() for name in self.names]
-            or [np.zeros(len(labels))]
-        )
-        self.pairs = [(a, b) for a in range(len(self.names)) for b in range(a)]
-        low, high = WINDOW_ANSWER_RANGE
-        self.target = {"name": "window", "kind": "number", "minimum": low, "maximum": high}
-
-    def measure(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Answers about windows float32 (windows, time, regions).
-
-        Returns
-        -------
-        series : float32 array, shape (windows, networks, time / SERIES_STEP), 0 to 100
-        couplings : float32 array, shape (windows, pairs), 0 to 100
-        """
-        means = np.einsum("nr,wtr->wnt", self.averages, windows)
-        means -= means.mean(-1, keepdims=True)
-        means /= means.std(-1, keepdims=True) + 1e-6
-        correlation = means @ means.transpose(0, 2, 1) / means.shape[-1]
-        blocks = means[..., : means.shape[-1] // self.SERIES_STEP * self.SERIES_STEP]
-        blocks = blocks.reshape(*means.shape[:2], -1, self.SERIES_STEP).mean(-1)
-        a, b = np.array(self.pairs, dtype=int).reshape(-1, 2).T
-        return (50 + 20 * blocks).astype(np.float32), (50 + 50 * correlation[:, a, b]).astype(
-            np.float32
-        )
-
-    def draw(
-        self, rng: np.random.Generator, series: np.ndarray, couplings: np.ndarray, count: int
-    ) -> list[Answer]:
-        """The couplings, and the series of `count` random networks, of one window; empty without networks."""
-        if not self.pairs:
-            return []
-        chosen = rng.choice(len(self.names), min(count, len(self.names)), replace=False)
-        asked = [
-            Answer(f"Series of {self.names[k]}?", self.target, series[k].tolist()) for k in chosen
-        ]
-        return [*asked, Answer("Couplings?", self.target, couplings.tolist())]
-
-
 class RowBuilder:
     """Turns scans and answers into input tensors in which no question sees another.
 
@@ -166,10 +108,9 @@ class RowBuilder:
         -------
         dict
             input_ids, position_ids int64 (rows, sequence); attention_mask bool (rows, 1, sequence, sequence);
-            places int64 (labels, 2): row and position whose next token is scored; labels: list of (ids, shares);
-            weights float32 (labels,).
+            places int64 (labels, 2): row and position whose next token is scored; labels: list of (ids, shares).
         """
-        rows, places, labels, weights = [], [], [], []
+        rows, places, labels = [], [], []
         for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
             ids = self.processor.prompt_ids(windows, "")
             ids = ids[: len(ids) - len(self._text(self.processor.prompt_template("")))]
@@ -180,7 +121,6 @@ class RowBuilder:
                 reply, shares = self._reply(answer)
                 for offset in range(len(reply)):
                     places.append((row, len(ids) + len(text) + offset - 1))
-                    weights.append(answer.weight)
                 labels += shares
                 ids = ids + text + reply[:-1]
                 positions += range(scan, scan + len(text) + len(reply) - 1)
@@ -203,7 +143,6 @@ class RowBuilder:
             "attention_mask": (visible & causal)[:, None],
             "places": torch.tensor(places),
             "labels": labels,
-            "weights": torch.tensor(weights),
         }
 
     def _reply(self, answer: Answer) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
@@ -215,22 +154,17 @@ class RowBuilder:
         if answer.target["kind"] == "class":
             reply = self._answer_ids(str(answer.value))
             return reply, [([token], [1.0]) for token in reply]
-        values = answer.value if isinstance(answer.value, list) else [answer.value]
         low, high = answer.target["minimum"], answer.target["maximum"]
-        values = [min(max(float(value), low), high) for value in values]
-        written = [str(round(value)) for value in values]
-        reply = self._answer_ids(" ".join(written))
+        value = min(max(float(answer.value), low), high)
+        reply = self._answer_ids(str(round(value)))
         tokens = self._number_tokens(answer.target)
-        if tokens is None or self.number_sd <= 0 or len(reply) < len(values):
-            return reply, [([token], [1.0]) for token in reply]
-        grid = np.arange(low, high + 1)
-        shares = []
-        for token, value in zip(reply, values, strict=False):
+        shares = [([token], [1.0]) for token in reply]
+        if tokens is not None and self.number_sd > 0:
+            grid = np.arange(low, high + 1)
             near = np.flatnonzero(np.abs(grid - value) <= 4 * self.number_sd + 1)
             share = np.exp(-0.5 * ((grid[near] - value) / self.number_sd) ** 2)
-            assert token in tokens, "a list of one-token numbers must be tokenised number by number"
-            shares.append(([tokens[k] for k in near], (share / share.sum()).tolist()))
-        return reply, shares + [([token], [1.0]) for token in reply[len(values) :]]
+            shares[0] = ([tokens[k] for k in near], (share / share.sum()).tolist())
+        return reply, shares
 
     def _number_tokens(self, target: dict[str, Any]) -> list[int] | None:
         """The token of each number of the target's range, or None where some number takes more than one token."""
@@ -244,15 +178,11 @@ class RowBuilder:
         return self._numbers[key]
 
 
-def answer_loss(
-    logits: torch.Tensor, labels: list[tuple[list[int], list[float]]], weights: torch.Tensor
-) -> torch.Tensor:
-    """Weighted mean cross entropy between next-token logits (labels, vocabulary) and the labels' shares of tokens."""
-    weights = weights.to(logits.device)
-    rows = torch.tensor(
-        [row for row, (ids, _) in enumerate(labels) for _ in ids], device=logits.device
-    )
-    tokens = torch.tensor([token for ids, _ in labels for token in ids], device=logits.device)
-    shares = torch.tensor([share for _, shares in labels for share in shares], device=logits.device)
+def answer_loss(logits: torch.Tensor, labels: list[tuple[list[int], list[float]]]) -> torch.Tensor:
+    """Mean cross entropy of next-token logits (labels, vocabulary) to the labels' token shares."""
+    device = logits.device
+    rows = torch.tensor([row for row, (ids, _) in enumerate(labels) for _ in ids], device=device)
+    tokens = torch.tensor([token for ids, _ in labels for token in ids], device=device)
+    shares = torch.tensor([share for _, shares in labels for share in shares], device=device)
     log_probabilities = torch.log_softmax(logits.float(), dim=-1)
-    return -(log_probabilities[rows, tokens] * shares * weights[rows]).sum() / weights.sum()
+    return -(log_probabilities[rows, tokens] * shares).sum() / len(labels)

@@ -135,6 +135,7 @@ def main(argv: list[str]) -> int:
     log = TrainingLog(output, accelerator.is_main_process, first, seconds)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
+    table = accelerator.unwrap_model(model).get_input_embeddings().weight
 
     def windows(source, count, step):
         rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
@@ -155,6 +156,10 @@ def main(argv: list[str]) -> int:
         gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        with torch.no_grad():
+            # Tied rows drift together (the softmax does not see their mean), and behind a large common
+            # part a layer norm hides what tells tokens, and later codes, apart. So keep them centred.
+            table.sub_(table.mean(0))
         if (step + 1) % arguments.log_steps == 0 or step + 1 == steps:
             log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
