@@ -43,11 +43,17 @@ class ReconstructedScan(Protocol):
     codes : int64, (windows, tokens)
     """
 
-    subject_id: str
-    raw: np.ndarray
-    reconstruction: np.ndarray
-    region_mask: np.ndarray
-    codes: np.ndarray
+    # Properties, so that a NamedTuple, whose fields cannot be set, is one too.
+    @property
+    def subject_id(self) -> str: ...
+    @property
+    def raw(self) -> np.ndarray: ...
+    @property
+    def reconstruction(self) -> np.ndarray: ...
+    @property
+    def region_mask(self) -> np.ndarray: ...
+    @property
+    def codes(self) -> np.ndarray: ...
 
 
 class ReconstructionScores:

@@ -1,0 +1,1 @@
+"""Balanced accuracy and AUC over subjects, as an `evaluate` module."""

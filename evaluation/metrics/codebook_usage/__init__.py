@@ -1,0 +1,1 @@
+"""Usage, entropy and perplexity of a codebook, as an `evaluate` module."""

@@ -1,0 +1,1 @@
+"""Connectivity before and after, as an `evaluate` module."""

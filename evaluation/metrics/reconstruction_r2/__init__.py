@@ -1,0 +1,1 @@
+"""R2 of reconstructed region series, as an `evaluate` module."""

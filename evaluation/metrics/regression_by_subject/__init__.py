@@ -1,0 +1,1 @@
+"""MAE, Pearson r and R2 over subjects, as an `evaluate` module."""
