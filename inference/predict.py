@@ -52,8 +52,8 @@ def answer_probabilities(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probability of every valid answer, under a grammar that allows no other.
 
-    At each token of an answer the probabilities are shared among the tokens that continue some valid answer, so any
-    tokenizer will do, whether it writes 42 as one token or as two.
+    At each token of an answer the probabilities are shared among the tokens that continue some
+    valid answer, so any tokenizer will do, whether it writes 42 as one token or as two.
 
     Parameters
     ----------
@@ -99,7 +99,10 @@ def answer_probabilities(
 
 
 def read_numbers(probabilities: np.ndarray, target: dict[str, Any]) -> np.ndarray:
-    """Numbers from answer probabilities (..., answers) by the target's readout: `expectation` or `mode`."""
+    """Numbers from answer probabilities (..., answers) by the target's readout.
+
+    The readout is `expectation` or `mode`.
+    """
     values = np.arange(target["minimum"], target["maximum"] + 1, dtype=float)
     if target.get("readout", "expectation") == "mode":
         return values[probabilities.argmax(-1)]
@@ -109,7 +112,8 @@ def read_numbers(probabilities: np.ndarray, target: dict[str, Any]) -> np.ndarra
 def window_starts(length: int, window: int, prompts: int, windows: int) -> np.ndarray:
     """First samples of `prompts` x `windows` windows spread evenly over a scan; prompts interleave.
 
-    Every scan gives the same number of windows, however long it is, since their number would name its site.
+    Every scan gives the same number of windows, however long it is, since their number would name
+    its site.
     """
     starts = np.linspace(0, length - window, prompts * windows).round().astype(int)
     return starts.reshape(windows, prompts).T
@@ -126,7 +130,10 @@ def encode_prompts(
     batch_size: int = 32,
     quiet: bool = False,
 ) -> PromptCodes:
-    """Codes of `prompts` x `windows` windows of each scan; scans that cannot be encoded are listed with the reason."""
+    """Codes of `prompts` x `windows` windows of each scan.
+
+    Scans that cannot be encoded are listed with the reason.
+    """
     found, blocks, skipped = [], [], {}
     length = extractor.window_length
     for subject in tqdm(subject_ids, desc="encode", mininterval=2.0, disable=quiet):
@@ -144,8 +151,8 @@ def encode_prompts(
             continue
         if len(values) < length:
             skipped[subject] = (
-                f"{subject}: {len(values) * extractor.sampling_interval:g} s, shorter than one window of "
-                f"{length * extractor.sampling_interval:g} s"
+                f"{subject}: {len(values) * extractor.sampling_interval:g} s, shorter than one "
+                f"window of {length * extractor.sampling_interval:g} s"
             )
             continue
         starts = window_starts(len(values), length, prompts, windows).ravel()
@@ -186,8 +193,9 @@ def predict_cohort(
     Returns
     -------
     DataFrame
-        Columns subject_id, site, y, y_hat, system, target, score (classes: probability of the class that sorts last)
-        and free_answer_valid (share of a scan's prompts whose unconstrained answer begins a valid one).
+        Columns subject_id, site, y, y_hat, system, target, score (classes: probability of the class
+        that sorts last) and free_answer_valid (share of a scan's prompts whose unconstrained answer
+        begins a valid one).
 
     Raises
     ------
@@ -197,7 +205,8 @@ def predict_cohort(
     loaded = load_checkpoint(checkpoint)
     if loaded.model_type != "avq_lm":
         raise InferenceError(
-            f"{checkpoint} is a codec and answers no questions. Give the folder that `cortexicon train lm` wrote."
+            f"{checkpoint} is a codec and answers no questions. "
+            "Give the folder that `cortexicon train lm` wrote."
         )
     config = loaded.model.config
     known = {target["name"]: target for target in config.targets or []}
@@ -205,7 +214,8 @@ def predict_cohort(
     for name in chosen:
         if name not in known:
             raise InferenceError(
-                f"{checkpoint} was not trained to answer {name!r}; it knows {', '.join(known) or 'no target'}."
+                f"{checkpoint} was not trained to answer {name!r}; "
+                f"it knows {', '.join(known) or 'no target'}."
             )
     prompts = encode_prompts(
         loaded.codec,
@@ -228,7 +238,8 @@ def predict_cohort(
             loaded.model, loaded.processor, flat, target, batch_size
         )
         probabilities = probabilities.reshape(len(prompts.subject_ids), config.prompts_per_scan, -1)
-        # NOTE: prompts of one scan are pooled as probabilities, so `mode` is the mode of the pooled answer.
+        # NOTE: prompts of one scan are pooled as probabilities, so `mode` is the mode of the pooled
+        # answer.
         pooled = probabilities.mean(1)
         table = pd.DataFrame({"subject_id": prompts.subject_ids})
         table["site"] = [people["site"].get(subject) for subject in prompts.subject_ids]

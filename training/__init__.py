@@ -1,4 +1,7 @@
-"""Training: `text`, `avq` and `lm`, each a script that reads from top to bottom and runs under `accelerate launch -m`."""
+"""Training: `text`, `avq` and `lm`.
+
+Each is a script that reads from top to bottom and runs under `accelerate launch -m`.
+"""
 
 from .arguments import TrainingError
 

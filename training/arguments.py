@@ -15,7 +15,10 @@ class TrainingError(ValueError):
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; a key `base` names a file beside it whose values it overrides, nested ones too."""
+    """The mapping in a YAML file.
+
+    A key `base` names a file beside it whose values it overrides, nested ones too.
+    """
     path = Path(path)
     if not path.is_file():
         raise TrainingError(f"No configuration file {path}. Examples: training/configs/.")
@@ -32,12 +35,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def load_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
-    """Arguments of a training script: `CONFIG.yaml [key=value ...]`, dotted keys reach into nested mappings.
+    """Arguments of a training script: `CONFIG.yaml [key=value ...]`.
+
+    Dotted keys reach into nested mappings.
 
     Raises
     ------
     TrainingError
-        No such file, a key that `cls` does not have (the nearest is named), a value of the wrong type.
+        No such file, a key that `cls` does not have (the nearest is named), a value of the wrong
+        type.
     """
     if not argv:
         raise TrainingError("A configuration file is needed, e.g. training/configs/demo_avq.yaml.")
@@ -70,7 +76,7 @@ def load_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
 
 
 def _typed(value, kind, where):
-    """`value`, where a dataclass field of type int, float, str or bool asks for it; other types pass."""
+    """`value`, checked where a dataclass field is int, float, str or bool; other types pass."""
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text

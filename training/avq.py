@@ -1,9 +1,10 @@
-"""`cortexicon train avq CONFIG`: the codec. Windows of scans in, a vector-quantised autoencoder out.
+"""`cortexicon train avq CONFIG`: the codec, a vector-quantised autoencoder of windows of scans.
 
-The run in one look: scans are normalised and held in memory; every step draws one window of each of `batch_size`
-subjects; for the first `codebook_start` share of the steps nothing is quantised, then k-means places the codebook; from
-then on codes are straight-through and follow the encoder by EMA. A domain classifier tells P(code) from real text
-embeddings all the while, and its reversed gradient grows with progress.
+The run in one look: scans are normalised and held in memory; every step draws one window of each
+of `batch_size` subjects; for the first `codebook_start` share of the steps nothing is quantised,
+then k-means places the codebook; from then on codes are straight-through and follow the encoder by
+EMA. A domain classifier tells P(code) from real text embeddings all the while, and its reversed
+gradient grows with progress.
 """
 
 import sys
@@ -37,7 +38,7 @@ from .collators import PreparedScans, TextDomain, draw_windows, prepare_scans, w
 
 @dataclass
 class AVQArguments:
-    """Arguments of `cortexicon train avq`; see training/configs/demo_avq.yaml for what each does."""
+    """Arguments of `cortexicon train avq`; training/configs/demo_avq.yaml says what each does."""
 
     output: str
     cohort: str
@@ -86,7 +87,10 @@ def build_model(arguments: AVQArguments, cohort, text_model) -> AVQModel:
 def evaluate(
     model: AVQModel, scans: PreparedScans, batch_size: int, limit: int, device
 ) -> dict[str, float]:
-    """R2 (pooled, around 0, the scan's own region mean) and share of the codebook used on held-out windows."""
+    """R2 and share of the codebook used on held-out windows.
+
+    R2 is pooled over windows and regions, around 0, which is the scan's own region mean.
+    """
     model.eval()
     error = total = 0.0
     used = torch.zeros(model.config.num_codes, dtype=torch.bool)
@@ -102,7 +106,10 @@ def evaluate(
 
 
 def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[str, float]:
-    """Norms of the reversed gradient of the weighted domain loss at P and at the encoder; both must be alive."""
+    """Norms of the reversed gradient of the weighted domain loss at P and at the encoder.
+
+    Both must be alive.
+    """
     projection = list(model.projection.parameters())
     encoder = [
         *model.regions_to_latents.parameters(),
@@ -161,13 +168,15 @@ def main(argv: list[str]) -> int:
     split = load_split(arguments.split, cohort)
     if not 0 <= arguments.fold < len(split):
         raise TrainingError(
-            f"fold {arguments.fold} does not exist: {arguments.split} holds folds 0..{len(split) - 1}."
+            f"fold {arguments.fold} does not exist: "
+            f"{arguments.split} holds folds 0..{len(split) - 1}."
         )
     parts = split[arguments.fold]
     text_folder = Path(arguments.text_model)
     if not (text_folder / "token_counts.safetensors").is_file():
         raise TrainingError(
-            f"{text_folder} holds no token_counts.safetensors. The text side comes first: cortexicon train text CONFIG."
+            f"{text_folder} holds no token_counts.safetensors. "
+            "The text side comes first: cortexicon train text CONFIG."
         )
     text_model = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.float32)
     text_tokenizer = AutoTokenizer.from_pretrained(text_folder)
@@ -256,7 +265,8 @@ def main(argv: list[str]) -> int:
         gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
         if not torch.isfinite(gradient):
             raise TrainingError(
-                f"The gradient is not finite at step {step + 1}. Lower learning_rate, or check the cohort's values."
+                f"The gradient is not finite at step {step + 1}. "
+                "Lower learning_rate, or check the cohort's values."
             )
         optimizer.step()
         optimizer.zero_grad()
@@ -299,8 +309,9 @@ def main(argv: list[str]) -> int:
         write_run_facts(output, "avq", arguments, seconds=log.seconds, **facts, **final)
         remove_state(output)
         print(
-            f"Codec in {output}: validation R2 {final['eval_r2']:.3f}, codebook usage {final['eval_usage']:.0%} "
-            f"({config.tokens_per_window} tokens per {config.window_length * config.sampling_interval:g} s)"
+            f"Codec in {output}: validation R2 {final['eval_r2']:.3f}, "
+            f"codebook usage {final['eval_usage']:.0%} ({config.tokens_per_window} tokens "
+            f"per {config.window_length * config.sampling_interval:g} s)"
         )
     accelerator.end_training()
     return 0

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes: the log, the facts of the run, and checkpoints that resume exactly."""
+"""What a run leaves behind while it goes: log, facts, and checkpoints that resume exactly."""
 
 import dataclasses
 import importlib.metadata
@@ -126,12 +126,13 @@ def prepare_output(folder: Path, resume: bool) -> None:
         ) from error
     if not resume and (folder / "training_log.jsonl").exists():
         raise TrainingError(
-            f"{folder} already holds a run. Resume it (--resume), remove the folder, or choose another `output`."
+            f"{folder} already holds a run. "
+            "Resume it (--resume), remove the folder, or choose another `output`."
         )
 
 
 def save_state(folder: Path, model, optimizer, step: int, seconds: float) -> None:
-    """Write `FOLDER/state` (weights, optimizer, step) so that a kill at any moment leaves a complete one.
+    """Write `FOLDER/state` (weights, optimizer, step); a kill at any moment leaves a complete one.
 
     Data order and dropout need no state: both are drawn from (seed, step).
     """
@@ -162,7 +163,10 @@ def save_state(folder: Path, model, optimizer, step: int, seconds: float) -> Non
 
 
 def load_state(folder: Path, model, optimizer) -> tuple[int, float]:
-    """Restore what `save_state` wrote; returns (step, seconds), (0, 0.0) when there is nothing to resume."""
+    """Restore what `save_state` wrote.
+
+    Returns (step, seconds), or (0, 0.0) when there is nothing to resume.
+    """
     current = folder / "state"
     if not (current / "state.json").is_file():
         current = folder / "state.old"  # killed between the two renames
@@ -206,6 +210,6 @@ def check_resumable(folder: Path, arguments: Any) -> None:
     ]
     if changed:
         raise TrainingError(
-            f"{folder} was begun with other arguments; resume it unchanged or choose another `output`:\n"
-            + "\n".join(changed)
+            f"{folder} was begun with other arguments; "
+            "resume it unchanged or choose another `output`:\n" + "\n".join(changed)
         )

@@ -41,7 +41,9 @@ def prepare_scans(
     name: str,
     quiet: bool = False,
 ) -> PreparedScans:
-    """Check, resample and normalise the scans of `subject_ids`; those that cannot serve are listed, not hidden.
+    """Check, resample and normalise the scans of `subject_ids`.
+
+    Those that cannot serve are listed in `refused`, not hidden.
 
     Raises
     ------
@@ -71,7 +73,8 @@ def prepare_scans(
         scans.region_masks.append(mask)
     if scans.refused and not quiet:
         print(
-            f"{len(scans.refused)} of {len(subject_ids)} {name} scans left out, e.g. {next(iter(scans.refused.values()))}"
+            f"{len(scans.refused)} of {len(subject_ids)} {name} scans left out, "
+            f"e.g. {next(iter(scans.refused.values()))}"
         )
     if not scans.series:
         first = next(iter(scans.refused.values()), "the split names no subject for this part")
@@ -87,10 +90,11 @@ def draw_windows(
     rank: int = 0,
     world_size: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """One batch: `count` windows of different scans, at random starts; process `rank`'s share of one common draw.
+    """One batch: `count` windows of different scans, at random starts.
 
-    Different scans matter twice: the gradient sees more people, and dead codes are revived from several of them.
-    Everything follows from `seed`, so a resumed run sees the same data.
+    It is process `rank`'s share of one common draw. Different scans matter twice: the gradient sees
+    more people, and dead codes are revived from several of them. Everything follows from `seed`, so
+    a resumed run sees the same data.
     """
     rng = np.random.default_rng(seed)
     wanted = count * world_size
@@ -109,7 +113,7 @@ def draw_windows(
 def whole_windows(
     scans: PreparedScans, window_length: int, batch_size: int, limit: int | None = None
 ):
-    """Batches of the non-overlapping windows from sample 0 on, in order; at most `limit` windows."""
+    """Batches of the non-overlapping windows from sample 0, in order; at most `limit` windows."""
     pairs = [
         (scan, start)
         for scan, series in enumerate(scans.series)
@@ -128,13 +132,15 @@ def whole_windows(
 class TextDomain:
     """Input embeddings of real text, drawn by capped token frequency.
 
-    No type gets more than 0.5 % of the mass: otherwise a handful of commas and articles would be the text domain.
+    No type gets more than 0.5 % of the mass: otherwise a handful of commas and articles would be
+    the text domain.
     """
 
     def __init__(self, table: torch.Tensor, counts: torch.Tensor, cap: float = 0.005):
         if len(counts) != len(table):
             raise TrainingError(
-                f"token_counts.safetensors holds {len(counts)} tokens, the embedding table {len(table)}: not of one model."
+                f"token_counts.safetensors holds {len(counts)} tokens, "
+                f"the embedding table {len(table)}: not of one model."
             )
         share = counts.double() / counts.sum()
         for _ in range(50):  # capping raises the others' shares; a few rounds settle it

@@ -1,4 +1,4 @@
-"""Local text for a language model made from nothing: Python's own help pages, and sentences about brain scans."""
+"""Local text for a language model made from nothing: Python's help pages, sentences about scans."""
 
 import glob
 import random
@@ -21,8 +21,10 @@ NETWORKS = (
 _STATEMENTS = (
     "The {a} network and the {b} network rise and fall together in this scan.",
     "When the {a} network is active, the {b} network tends to be quiet.",
-    "Functional connectivity is the correlation between the time series of two regions of the brain.",
-    "The BOLD signal follows neural activity after a delay of about {n} seconds, blurred by the haemodynamic response.",
+    "Functional connectivity is the correlation between the time series of two regions of the "
+    "brain.",
+    "The BOLD signal follows neural activity after a delay of about {n} seconds, blurred by the "
+    "haemodynamic response.",
     "One volume was acquired every {m} seconds, so a scan of {n} minutes holds many volumes.",
     "Regions of the {a} network lie in both hemispheres and are coupled across the midline.",
     "Head motion of more than half a millimetre leaves its trace in the {a} network.",
@@ -50,7 +52,10 @@ _QUESTIONS = (
 
 
 def brain_sentences(count: int, seed: int = 0) -> str:
-    """`count` sentences and question-answer pairs about scans, filled at random; every number 0-100 occurs often."""
+    """`count` sentences and question-answer pairs about scans, filled at random.
+
+    Every number from 0 to 100 occurs often.
+    """
     rng = random.Random(seed)
     lines = []
     for index in range(count):

@@ -98,7 +98,10 @@ def encode_windows(codec: AVQModel, scans, stride: int, quiet: bool) -> EncodedW
 def validate(
     model, processor, validation, participants, targets, batch_size: int
 ) -> dict[str, float]:
-    """Error of every readout on the validation subjects; numbers: MAE, classes: share of wrong answers."""
+    """Error of every readout on the validation subjects.
+
+    Numbers: mean absolute error. Classes: share of wrong answers.
+    """
     model.eval()
     scores = {}
     scans, prompts = validation.codes.shape[:2]
@@ -148,8 +151,9 @@ def build_model(
     available = getattr(language_model.config, "max_position_embeddings", needed)
     if needed > available:
         raise TrainingError(
-            f"A prompt of {arguments.windows_per_prompt} windows needs about {needed} positions, the language model has "
-            f"{available}. Lower windows_per_prompt, or train the text model with more positions."
+            f"A prompt of {arguments.windows_per_prompt} windows needs about {needed} positions, "
+            f"the language model has {available}. "
+            "Lower windows_per_prompt, or train the text model with more positions."
         )
     return model, processor
 
@@ -195,7 +199,8 @@ def main(argv: list[str]) -> int:
     ]
     embedding = model.get_input_embeddings().weight
     if not arguments.train_code_rows:
-        # The rows of codes stay P(codebook): most codes are too rare to learn a row from a few hundred scans.
+        # The rows of codes stay P(codebook): most codes are too rare to learn a row from a few
+        # hundred scans.
         first_code, last_code = (
             model.config.fmri_offset,
             model.config.fmri_offset + codec.config.num_codes,
@@ -318,7 +323,8 @@ def main(argv: list[str]) -> int:
         )
         remove_state(output)
         print(
-            f"Language model in {output}: best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
+            f"Language model in {output}: "
+            f"best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
         )
     accelerator.end_training()
     return 0

@@ -36,7 +36,8 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
     Raises
     ------
     TrainingError
-        A column that does not exist, a kind that is none, values outside the declared range or classes.
+        A column that does not exist, a kind that is none, values outside the declared range or
+        classes.
     """
     checked = []
     for target in targets:
@@ -44,7 +45,8 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
         name = target.get("name")
         if name not in participants:
             raise TrainingError(
-                f"targets: the participants have no column {name!r}; they have {', '.join(map(str, participants.columns))}."
+                f"targets: the participants have no column {name!r}; "
+                f"they have {', '.join(map(str, participants.columns))}."
             )
         values = participants[name].dropna()
         if target.get("kind") == "number":
@@ -58,14 +60,16 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
             ]
             if len(outside):
                 raise TrainingError(
-                    f"targets: {len(outside)} values of {name} lie outside {target['minimum']}..{target['maximum']}, e.g. "
-                    f"{outside.iloc[0]} of {outside.index[0]}. Widen the range, or mend the table."
+                    f"targets: {len(outside)} values of {name} lie outside "
+                    f"{target['minimum']}..{target['maximum']}, e.g. {outside.iloc[0]} of "
+                    f"{outside.index[0]}. Widen the range, or mend the table."
                 )
         elif target.get("kind") == "class":
             target["classes"] = sorted(str(value) for value in values.unique())
         else:
             raise TrainingError(
-                f"targets: kind of {name} must be 'number' or 'class', found {target.get('kind')!r}."
+                f"targets: kind of {name} must be 'number' or 'class', "
+                f"found {target.get('kind')!r}."
             )
         target.setdefault("question", f"What is the {name} of this person?")
         target.setdefault("readout", "expectation")
@@ -76,8 +80,8 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
 class RowBuilder:
     """Turns scans and answers into input tensors in which no question sees another.
 
-    Every question follows the scan directly, in position and in attention: what the model learns from a row of many
-    questions is what it meets in a prompt of one.
+    Every question follows the scan directly, in position and in attention: what the model learns
+    from a row of many questions is what it meets in a prompt of one.
     """
 
     def __init__(self, processor: AVQProcessor, number_sd: float):
@@ -107,8 +111,9 @@ class RowBuilder:
         Returns
         -------
         dict
-            input_ids, position_ids int64 (rows, sequence); attention_mask bool (rows, 1, sequence, sequence);
-            places int64 (labels, 2): row and position whose next token is scored; labels: list of (ids, shares).
+            input_ids, position_ids int64 (rows, sequence); attention_mask bool
+            (rows, 1, sequence, sequence); places int64 (labels, 2): row and position whose next
+            token is scored; labels: list of (ids, shares).
         """
         rows, places, labels = [], [], []
         for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
@@ -148,8 +153,9 @@ class RowBuilder:
     def _reply(self, answer: Answer) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
         """Ids of the written answer, and for each of them the tokens that share the credit.
 
-        Near numbers share it (Gaussian, SD `number_sd`): 41 for 42 is not as wrong as 7, which plain cross entropy
-        cannot know. Only where every number is one token; else the written token takes all.
+        Near numbers share it (Gaussian, SD `number_sd`): 41 for 42 is not as wrong as 7, which
+        plain cross entropy cannot know. Only where every number is one token; else the written
+        token takes all.
         """
         if answer.target["kind"] == "class":
             reply = self._answer_ids(str(answer.value))
@@ -167,7 +173,7 @@ class RowBuilder:
         return reply, shares
 
     def _number_tokens(self, target: dict[str, Any]) -> list[int] | None:
-        """The token of each number of the target's range, or None where some number takes more than one token."""
+        """The token of each number of the target's range, or None where some number takes more."""
         key = (target["minimum"], target["maximum"])
         if key not in self._numbers:
             ids = [self._answer_ids(text) for text in answers_of(target)]

@@ -1,8 +1,9 @@
 """`cortexicon train text CONFIG`: the text side, which comes first.
 
-Offline: a byte-level BPE tokenizer and a small GPT-2, trained on local text. With a network: any causal language model
-of the Hub (`model_id`). Leaves in `output` the model, its tokenizer, and how often each token occurs in the corpus
-(`token_counts.safetensors`): the text domain that the codec is aligned with.
+Offline: a byte-level BPE tokenizer and a small GPT-2, trained on local text. With a network: any
+causal language model of the Hub (`model_id`). Leaves in `output` the model, its tokenizer, and how
+often each token occurs in the corpus (`token_counts.safetensors`): the text domain that the codec
+is aligned with.
 """
 
 import sys
@@ -41,7 +42,7 @@ END = "<|endoftext|>"
 
 @dataclass
 class TextArguments:
-    """Arguments of `cortexicon train text`; see training/configs/demo_text.yaml for what each does."""
+    """Arguments of `cortexicon train text`; training/configs/demo_text.yaml says what each does."""
 
     output: str
     model_id: str | None = None
@@ -111,7 +112,8 @@ def main(argv: list[str]) -> int:
     ).astype(np.int64)
     if len(ids) <= arguments.sequence_length:
         raise ValueError(
-            f"The corpus holds {len(ids)} tokens, fewer than one sequence of {arguments.sequence_length}."
+            f"The corpus holds {len(ids)} tokens, "
+            f"fewer than one sequence of {arguments.sequence_length}."
         )
     counts = torch.bincount(
         torch.from_numpy(ids), minlength=model.get_input_embeddings().weight.shape[0]
@@ -157,8 +159,9 @@ def main(argv: list[str]) -> int:
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
-            # Tied rows drift together (the softmax does not see their mean), and behind a large common
-            # part a layer norm hides what tells tokens, and later codes, apart. So keep them centred.
+            # Tied rows drift together (the softmax does not see their mean), and behind a large
+            # common part a layer norm hides what tells tokens, and later codes, apart. So keep
+            # them centred.
             table.sub_(table.mean(0))
         if (step + 1) % arguments.log_steps == 0 or step + 1 == steps:
             log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
