@@ -58,7 +58,12 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     )
     try:
         body = environment.get_template(_TEMPLATE).render(
-            {**facts, "scores": scores, "model_type": config["model_type"], "codec": codec}
+            {
+                **facts,
+                "scores": scores,
+                "codec": codec,
+                "lm": config if codec is not config else None,
+            }
         )
         header = _header(facts, scores)
     except (jinja2.UndefinedError, KeyError) as error:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard
@@ -101,3 +102,32 @@ def test_only_checkpoints_of_ours_get_a_card(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(CardError, match="found 'gpt2'"):
         write_model_card(tmp_path, FACTS)
+
+
+@pytest.mark.parametrize("name", ["avq", "lm"])
+def test_the_code_on_a_card_runs(checkpoints, series, name, capsys):
+    text = write_model_card(checkpoints / name, FACTS).read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    scope = {"series": series}
+    exec(code.replace("FOLDER_OR_REPOSITORY", str(checkpoints / name)), scope)
+    if name == "avq":
+        assert scope["codes"].shape == (3, scope["model"].config.tokens_per_window)
+        assert scope["decoded"].shape == (3, 20, series.shape[1])
+    else:
+        tokens = scope["model"].avq.config.tokens_per_window
+        pads = scope["inputs"]["input_ids"] == scope["processor"].tokenizer.fmri_token_id
+        assert int(pads.sum()) == 2 * tokens  # as many windows as in training, not all of the scan
+        assert scope["answer"].shape[1] > scope["inputs"]["input_ids"].shape[1]
+        assert capsys.readouterr().out
+
+
+def test_a_card_of_a_language_model_says_what_it_was_asked(checkpoints):
+    text = write_model_card(checkpoints / "lm", FACTS).read_text(encoding="utf-8")
+    assert "A causal language model" in text
+    assert "| prompt | 2 windows of a scan, then a question |" in text
+    assert '| answers on age | to "Age?": 15 to 85 |' in text
+    assert '| answers on sex | to "Sex?": F, M |' in text
+    assert "16, `latent` layout, patches of 10 samples" in text
+    codec = write_model_card(checkpoints / "avq", FACTS).read_text(encoding="utf-8")
+    assert "autoencoder (AVQ) of parcellated fMRI: it turns windows" in codec
+    assert "answers on" not in codec
