@@ -1,5 +1,6 @@
 """Model cards of a run's checkpoints, from its results."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ def _scores(
     for target, result in clinical.items():
         for system, found in result["parts"].get("test", {}).get("systems", {}).items():
             for key in ("mae", "r", "balanced_accuracy", "auc"):
-                if found.get(key) is not None:
+                # A constant prediction has no correlation: NaN is left out, not written.
+                if found.get(key) is not None and math.isfinite(found[key]):
                     scores.append(
                         {
                             "metric": f"{target}, {system}: {key}",
