@@ -75,6 +75,25 @@ def test_train_forwards_config_overrides_and_resume(monkeypatch):
     assert seen == [["c.yaml", "a=1", "b=x=y", "c=2", "resume=true"]]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["no_such_key=1"], "unknown key 'no_such_key'"),
+        (["max_step=1"], "Did you mean 'max_steps'?"),
+        (["max_steps=many"], "max_steps must be int, found 'many'"),
+        (["no equals sign"], "Expected key=value"),
+    ],
+)
+def test_a_wrong_training_config_is_one_line(repository, tmp_path, capsys, overrides, message):
+    config = str(repository / "training" / "configs" / "demo_avq.yaml")
+    output = f"output={tmp_path / 'run'}"
+    assert cli.main(["train", "avq", config, "--set", output, *overrides]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("cortexicon train: ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["", "divine", "train"])
 def test_wrong_usage_exits_with_2(command, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -87,6 +87,18 @@ def test_every_config_and_template_is_package_data(repository, pyproject):
                 assert path in shipped, f"{path} is not in package-data of {package}"
 
 
+def test_every_package_of_the_checkout_is_listed(repository, pyproject):
+    listed = pyproject["tool"]["setuptools"]
+    for package in listed["packages"]:
+        assert listed["package-dir"][package] == package.removeprefix("cortexicon.").replace(
+            ".", "/"
+        )
+    folders = {listed["package-dir"][package] for package in listed["packages"]}
+    for room in {folder.partition("/")[0] for folder in folders}:
+        for path in (repository / room).rglob("__init__.py"):
+            assert path.parent.relative_to(repository).as_posix() in folders, path
+
+
 def test_torch_is_pinned_exactly(repository):
     assert "torch==2.13.0\n" in (repository / "constraints.txt").read_text()
 
