@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 
@@ -52,11 +52,14 @@ def load_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
         key, equals, text = override.partition("=")
         if not equals:
             raise TrainingError(f"Expected key=value after the configuration, found {override!r}.")
-        nested = yaml.safe_load(text)
+        try:
+            nested = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise TrainingError(f"The value of {override!r} is not valid YAML.") from error
         for part in reversed(key.split(".")):
             nested = {part: nested}
         values = _merged(values, nested)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cast(Any, cls))}
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -76,16 +79,18 @@ def load_arguments(cls: type[Arguments], argv: list[str]) -> Arguments:
 
 
 def _typed(value, kind, where):
-    """`value`, checked where a dataclass field is int, float, str or bool; other types pass."""
+    """`value`, checked where a field is int, float, str, bool, dict or list; unions pass."""
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-3 as text
         except ValueError:
             pass
-    if kind in (int, float, str, bool) and (
+    if kind in (int, float, str, bool, dict, list) and (
         not isinstance(value, kind) or (kind is int and isinstance(value, bool))
     ):
         raise TrainingError(f"{where} must be {kind.__name__}, found {value!r}.")
+    if where.endswith("_steps") and kind is int and value < (0 if "warmup" in where else 1):
+        raise TrainingError(f"{where} must be at least 1, found {value}.")
     return value
 
 

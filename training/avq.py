@@ -25,6 +25,7 @@ from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
     check_resumable,
+    check_same_data,
     learning_rate_at,
     load_state,
     prepare_output,
@@ -219,6 +220,8 @@ def main(argv: list[str]) -> int:
         "processes": accelerator.num_processes,
     }
     if main_process:
+        if arguments.resume:
+            check_same_data(output, facts)
         write_run_facts(output, "avq", arguments, **facts)
     log = TrainingLog(output, main_process, first, seconds)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -289,9 +292,9 @@ def main(argv: list[str]) -> int:
                 **norms,
             )
             bar.set_postfix(mse=f"{out.reconstruction_loss.item():.3f}", refresh=False)
-        if (
-            (step + 1) % arguments.eval_steps == 0 and step + 1 < arguments.max_steps
-        ) and main_process:
+        # Before the codebook starts nothing is quantised, and an R2 would flatter the codec.
+        due = (step + 1) % arguments.eval_steps == 0 and step >= start_step
+        if due and step + 1 < arguments.max_steps and main_process:
             log.write(
                 step + 1,
                 **evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device),

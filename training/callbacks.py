@@ -124,6 +124,14 @@ def prepare_output(folder: Path, resume: bool) -> None:
         raise TrainingError(
             f"Cannot write to {folder}: {error.strerror}. Choose another `output`."
         ) from error
+    ended = (folder / "training_log.jsonl").exists() and not any(
+        (folder / name).exists() for name in ("state", "state.old", "state.new")
+    )
+    if resume and ended and (folder / "model.safetensors").exists():
+        raise TrainingError(
+            f"{folder} holds a run that has ended; there is nothing to resume. "
+            "Use its checkpoint, or choose another `output`."
+        )
     if not resume and (folder / "training_log.jsonl").exists():
         raise TrainingError(
             f"{folder} already holds a run. "
@@ -189,6 +197,23 @@ def remove_state(folder: Path) -> None:
     """Drop the resume state of a run that has ended: the checkpoint beside it is complete."""
     for name in ("state", "state.old", "state.new"):
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def check_same_data(folder: Path, facts: dict[str, Any]) -> None:
+    """Refuse to resume on other data: cohort and split must be those the run began with.
+
+    Raises
+    ------
+    TrainingError
+    """
+    path = folder / "run.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for key in ("cohort_hash", "split_hash"):
+        if key in before and before[key] != facts[key]:
+            raise TrainingError(
+                f"{folder} was begun with another {key.removesuffix('_hash')}: "
+                f"{before[key][:12]}... -> {facts[key][:12]}... Choose another `output`."
+            )
 
 
 def check_resumable(folder: Path, arguments: Any) -> None:

@@ -26,6 +26,7 @@ from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
     check_resumable,
+    check_same_data,
     learning_rate_at,
     load_state,
     prepare_output,
@@ -173,6 +174,17 @@ def main(argv: list[str]) -> int:
 
     cohort = load_cohort(arguments.cohort)
     split = load_split(arguments.split, cohort)
+    if not 0 <= arguments.fold < len(split):
+        raise TrainingError(
+            f"fold {arguments.fold} does not exist: "
+            f"{arguments.split} holds folds 0..{len(split) - 1}."
+        )
+    if not arguments.targets:
+        raise TrainingError("targets is empty: name at least one column to answer.")
+    if not (Path(arguments.avq) / "model.safetensors").is_file():
+        raise TrainingError(
+            f"{arguments.avq} holds no trained codec. Train it first: cortexicon train avq CONFIG."
+        )
     parts = split[arguments.fold]
     people = cohort.participants
     used = people.loc[parts["train"] + parts["validation"]]
@@ -235,6 +247,8 @@ def main(argv: list[str]) -> int:
         "processes": accelerator.num_processes,
     }
     if main_process:
+        if arguments.resume:
+            check_same_data(output, facts)
         write_run_facts(output, "lm", arguments, **facts)
     log = TrainingLog(output, main_process, first, seconds)
     primary = (
@@ -298,6 +312,10 @@ def main(argv: list[str]) -> int:
         loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
         accelerator.backward(loss)
         gradient = accelerator.clip_grad_norm_(trained, 1.0)
+        if not torch.isfinite(gradient):
+            raise TrainingError(
+                f"The gradient is not finite at step {step + 1}. Lower learning_rate."
+            )
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps:
@@ -316,6 +334,10 @@ def main(argv: list[str]) -> int:
             save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
 
     accelerator.wait_for_everyone()
+    if main_process and best == float("inf"):
+        raise TrainingError(
+            f"No checkpoint was kept: no validation subject has a value of {targets[0]['name']}."
+        )
     if main_process:
         processor.save_pretrained(output)
         write_run_facts(

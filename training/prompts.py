@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from cortexicon.inference.predict import answers_of
@@ -50,6 +51,8 @@ def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[st
             )
         values = participants[name].dropna()
         if target.get("kind") == "number":
+            if not pd.api.types.is_numeric_dtype(values):
+                raise TrainingError(f"targets: {name} holds text; its kind must be 'class'.")
             for bound in ("minimum", "maximum"):
                 if not isinstance(target.get(bound), int):
                     raise TrainingError(

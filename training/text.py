@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .arguments import load_arguments
+from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
     check_resumable,
@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         [tokenizer(text, add_special_tokens=False)["input_ids"] + separator for text in documents]
     ).astype(np.int64)
     if len(ids) <= arguments.sequence_length:
-        raise ValueError(
+        raise TrainingError(
             f"The corpus holds {len(ids)} tokens, "
             f"fewer than one sequence of {arguments.sequence_length}."
         )
