@@ -12,11 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.modeling import AVQConfig, AVQModel
 from cortexicon.modeling.losses_avq import reversal_strength
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
@@ -24,17 +22,23 @@ from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokeni
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
-    check_resumable,
+    begin_run,
     check_same_data,
     learning_rate_at,
     load_state,
-    prepare_output,
     progress,
     remove_state,
     save_state,
     write_run_facts,
 )
-from .collators import PreparedScans, TextDomain, draw_windows, prepare_scans, whole_windows
+from .collators import (
+    PreparedScans,
+    TextDomain,
+    draw_windows,
+    load_fold,
+    prepare_scans,
+    whole_windows,
+)
 
 
 @dataclass
@@ -154,25 +158,11 @@ def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: floa
 def main(argv: list[str]) -> int:
     """Train the codec; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(AVQArguments, argv)
-    output = Path(arguments.output)
-    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    accelerator, output = begin_run(arguments)
     main_process = accelerator.is_main_process
-    if main_process:
-        prepare_output(output, arguments.resume)
-        if arguments.resume:
-            check_resumable(output, arguments)
-    accelerator.wait_for_everyone()
-    torch.manual_seed(arguments.seed)
 
     # The cohort, its split, and the text side.
-    cohort = load_cohort(arguments.cohort)
-    split = load_split(arguments.split, cohort)
-    if not 0 <= arguments.fold < len(split):
-        raise TrainingError(
-            f"fold {arguments.fold} does not exist: "
-            f"{arguments.split} holds folds 0..{len(split) - 1}."
-        )
-    parts = split[arguments.fold]
+    cohort, split, parts = load_fold(arguments)
     text_folder = Path(arguments.text_model)
     if not (text_folder / "token_counts.safetensors").is_file():
         raise TrainingError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -105,6 +106,19 @@ def write_run_facts(folder: Path, stage: str, arguments: Any, **facts: Any) -> N
     (folder / "run.json").write_text(
         json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8"
     )
+
+
+def begin_run(arguments: Any) -> tuple[Accelerator, Path]:
+    """What every stage does first: choose the device, claim `arguments.output`, set the seed."""
+    output = Path(arguments.output)
+    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    if accelerator.is_main_process:
+        prepare_output(output, arguments.resume)
+        if arguments.resume:
+            check_resumable(output, arguments)
+    accelerator.wait_for_everyone()
+    torch.manual_seed(arguments.seed)
+    return accelerator, output
 
 
 def prepare_output(folder: Path, resume: bool) -> None:

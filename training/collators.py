@@ -1,15 +1,34 @@
 """Scans in memory, and the batches of windows that are drawn from them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cortexicon.cohorts import Cohort
+from cortexicon.cohorts import Cohort, Split, load_cohort, load_split
 from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
 
 from .arguments import TrainingError
+
+
+def load_fold(arguments: Any) -> tuple[Cohort, Split, dict[str, list[str]]]:
+    """Cohort, split and the parts of the fold that a stage's arguments name.
+
+    Raises
+    ------
+    TrainingError
+        The split has no such fold.
+    """
+    cohort = load_cohort(arguments.cohort)
+    split = load_split(arguments.split, cohort)
+    if not 0 <= arguments.fold < len(split):
+        raise TrainingError(
+            f"fold {arguments.fold} does not exist: "
+            f"{arguments.split} holds folds 0..{len(split) - 1}."
+        )
+    return cohort, split, split[arguments.fold]
 
 
 @dataclass

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.inference.predict import answer_probabilities, encode_prompts, read_numbers
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor
@@ -25,17 +23,16 @@ from cortexicon.tokenization import AVQProcessor
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
-    check_resumable,
+    begin_run,
     check_same_data,
     learning_rate_at,
     load_state,
-    prepare_output,
     progress,
     remove_state,
     save_state,
     write_run_facts,
 )
-from .collators import prepare_scans
+from .collators import load_fold, prepare_scans
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 
 
@@ -162,30 +159,16 @@ def build_model(
 def main(argv: list[str]) -> int:
     """Train the language model; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(LMArguments, argv)
-    output = Path(arguments.output)
-    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    accelerator, output = begin_run(arguments)
     main_process = accelerator.is_main_process
-    if main_process:
-        prepare_output(output, arguments.resume)
-        if arguments.resume:
-            check_resumable(output, arguments)
-    accelerator.wait_for_everyone()
-    torch.manual_seed(arguments.seed)
 
-    cohort = load_cohort(arguments.cohort)
-    split = load_split(arguments.split, cohort)
-    if not 0 <= arguments.fold < len(split):
-        raise TrainingError(
-            f"fold {arguments.fold} does not exist: "
-            f"{arguments.split} holds folds 0..{len(split) - 1}."
-        )
+    cohort, split, parts = load_fold(arguments)
     if not arguments.targets:
         raise TrainingError("targets is empty: name at least one column to answer.")
     if not (Path(arguments.avq) / "model.safetensors").is_file():
         raise TrainingError(
             f"{arguments.avq} holds no trained codec. Train it first: cortexicon train avq CONFIG."
         )
-    parts = split[arguments.fold]
     people = cohort.participants
     used = people.loc[parts["train"] + parts["validation"]]
     targets = checked_targets(arguments.targets, used)

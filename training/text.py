@@ -8,11 +8,9 @@ is aligned with.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -26,10 +24,9 @@ from transformers import (
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
     TrainingLog,
-    check_resumable,
+    begin_run,
     learning_rate_at,
     load_state,
-    prepare_output,
     progress,
     remove_state,
     save_state,
@@ -83,14 +80,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 def main(argv: list[str]) -> int:
     """Run the text stage; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(TextArguments, argv)
-    output = Path(arguments.output)
-    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
-    if accelerator.is_main_process:
-        prepare_output(output, arguments.resume)
-        if arguments.resume:
-            check_resumable(output, arguments)
-    accelerator.wait_for_everyone()
-    torch.manual_seed(arguments.seed)
+    accelerator, output = begin_run(arguments)
 
     documents, sources = local_corpus(
         arguments.text_files, arguments.max_characters, arguments.sentences, arguments.seed
