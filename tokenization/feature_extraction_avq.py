@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from transformers import BatchFeature, FeatureExtractionMixin
 
+from .band_pass_avq import SHORTEST_SCAN, band_pass_filter
 from .columns_avq import Columns, checked_coordinates, checked_labels, match_columns
 from .input_checks_avq import (
     as_series,
     check_magnitude,
+    checked_band,
     checked_interval,
     region_name,
     warn_of_outliers,
@@ -35,6 +37,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
     * brings the regions into the order of `region_labels`, when labels come with the scan;
     * resamples from `tr` to `sampling_interval` with anti-aliasing (resampling_avq.py);
     * masks regions with NaN or without variance (their values become 0), at most 10 % of them;
+    * keeps the frequencies of `band_pass` only, if it is given (band_pass_avq.py);
     * z-scores each region over the whole scan (or scales it by stored population statistics);
     * cuts windows of `window_length` samples from sample 0, without overlap.
 
@@ -57,6 +60,8 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         robust standard deviation per region, both from :meth:`fit_scaling` on training subjects.
     scaling_center, scaling_scale : list of float, shape (regions,), optional
         The statistics of "population"; :meth:`fit_scaling` fills them.
+    band_pass : list of float, [low, high], optional
+        Edges in Hz of a zero-phase Butterworth band-pass of order 2 over the whole scan.
 
     Raises
     ------
@@ -77,6 +82,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         scaling: str = "zscore",
         scaling_center: Any = None,
         scaling_scale: Any = None,
+        band_pass: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         code = AVQFeatureExtractor.__init__.__code__
@@ -108,6 +114,9 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         self.scaling = scaling
         self.scaling_center = None if scaling_center is None else list(map(float, scaling_center))
         self.scaling_scale = None if scaling_scale is None else list(map(float, scaling_scale))
+        self.band_pass = None
+        if band_pass is not None:
+            self.band_pass = checked_band(band_pass, self.sampling_interval)
         counts = {
             name: len(getattr(self, name))
             for name in ("region_labels", "region_coordinates", "scaling_center", "scaling_scale")
@@ -156,6 +165,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
             atlas=atlas,
             region_labels=region_labels,
             region_coordinates=region_coordinates,
+            band_pass=self.band_pass,
         )
 
     def __call__(
@@ -256,7 +266,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         resample: bool = True,
         where: str = "",
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Check, order, resample and normalise one whole scan, without cutting windows.
+        """Check, order, resample, filter and normalise one whole scan, without cutting windows.
 
         Parameters
         ----------
@@ -287,7 +297,7 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
             Not a real 2-D array; empty; infinite or absurdly large values; `tr` missing, not
             positive or in milliseconds; another `tr` with ``resample=False``; another atlas; wrong
             number of regions, unknown labels, a transposed array, or a square one without labels;
-            more than 10 % of the regions masked.
+            more than 10 % of the regions masked; too short for the band-pass.
         """
         columns = Columns(atlas, region_labels, region_coordinates)
         series, region_mask = self._checked_scan(x, tr, columns, resample, where)
@@ -335,6 +345,13 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         # NOTE: not > 0, because a resampled constant varies by rounding.
         least = 1e-6 * np.maximum(np.abs(mean), np.median(deviation))
         region_mask = finite & (deviation > least)
+        if self.band_pass is not None:
+            if len(series) < SHORTEST_SCAN:
+                raise TokenizationError(
+                    f"{where}expected at least {SHORTEST_SCAN} samples for the band-pass, found "
+                    f"{len(series)}; leave this scan out"
+                )
+            series = band_pass_filter(series, self.sampling_interval, *self.band_pass)
         masked = np.flatnonzero(~region_mask)
         if len(masked) > _LARGEST_MASKED_FRACTION * len(region_mask):
             names = ", ".join(region_name(labels, column) for column in masked[:5])

@@ -66,6 +66,24 @@ def checked_interval(name: str, value: Any, where: str = "") -> float:
     return float(value)
 
 
+def checked_band(band: Any, sampling_interval: float) -> list[float]:
+    """Edges of a pass band in Hz, or the reason why they cannot be ones."""
+    nyquist = 0.5 / sampling_interval
+    try:
+        low, high = (float(edge) for edge in band)
+    except (TypeError, ValueError) as error:
+        raise TokenizationError(
+            f"band_pass must be two frequencies in Hz, [low, high], e.g. [0.01, 0.1], found "
+            f"{band!r}"
+        ) from error
+    if not 0 < low < high < nyquist:
+        raise TokenizationError(
+            f"band_pass must be [low, high] with 0 < low < high < {nyquist:g} Hz, half the "
+            f"sampling rate of one sample every {sampling_interval:g} s; found {[low, high]}"
+        )
+    return [low, high]
+
+
 def check_magnitude(series: np.ndarray, labels: Sequence[str] | None, where: str) -> None:
     """Infinite or absurd values mean a broken file; NaN is a missing region and handled later."""
     bad = np.argwhere(np.abs(series) > _LARGEST_VALUE)  # False for NaN

@@ -51,6 +51,7 @@ class AVQArguments:
     text_model: str
     fold: int = 0
     model: dict = field(default_factory=dict)
+    band_pass: list | None = None
     max_steps: int = 1000
     batch_size: int = 16
     learning_rate: float = 2e-3
@@ -184,6 +185,7 @@ def main(argv: list[str]) -> int:
         atlas=cohort.atlas,
         region_labels=config.region_labels,
         region_coordinates=config.region_coordinates,
+        band_pass=arguments.band_pass,
     )
     tokenizer = AVQTokenizer.from_text_tokenizer(
         text_tokenizer, config.num_codes, config.num_connectivity_codes

@@ -349,6 +349,10 @@ def test_the_message_names_the_scan_of_a_batch(extractor, scan):
         ({"scaling": "minmax"}, "'zscore' or 'population', found 'minmax'"),
         ({"region_labels": ["a", "a"]}, "'a' twice"),
         ({"region_labels": ["a", "b"], "region_coordinates": [[0, 0, 0]]}, "labels has 2.*has 1"),
+        ({"band_pass": 0.1}, r"two frequencies in Hz, \[low, high\], .* found 0.1"),
+        ({"band_pass": [0.1, 0.01]}, r"0 < low < high < 0.25 Hz.*found \[0.1, 0.01\]"),
+        ({"band_pass": [0, 0.1]}, r"0 < low < high < 0.25 Hz.*every 2 s; found \[0.0, 0.1\]"),
+        ({"band_pass": [0.01, 0.3]}, r"0 < low < high < 0.25 Hz.*found \[0.01, 0.3\]"),
         ({"windw_length": 80}, "no setting 'windw_length'; did you mean 'window_length'"),
     ],
 )
