@@ -105,7 +105,6 @@ class AVQConfig(PreTrainedConfig):
     encoder_layers: int = 3
     decoder_layers: int = 3
     mixing_heads: int = 8
-    mixing_dim: int = 32
     position_features: int = 128
     position_wavelength: float | int = 60.0
     dropout: float | int = 0.0
@@ -143,7 +142,6 @@ class AVQConfig(PreTrainedConfig):
             "intermediate_size",
             "num_attention_heads",
             "mixing_heads",
-            "mixing_dim",
             "position_features",
             "code_dim",
             "text_width",

@@ -23,39 +23,35 @@ class RegionPositions(nn.Module):
         )
 
     def forward(self, coordinates):
-        phase = coordinates @ self.frequencies * (2 * math.pi / self.wavelength)
-        return self.mlp(torch.cat([phase.sin(), phase.cos(), coordinates / 50.0], dim=-1))
+        # Half precision would blur millimetres.
+        with torch.autocast(coordinates.device.type, enabled=False):
+            phase = coordinates @ self.frequencies * (2 * math.pi / self.wavelength)
+            return self.mlp(torch.cat([phase.sin(), phase.cos(), coordinates / 50.0], dim=-1))
 
 
 class RegionsToLatents(nn.Module):
-    """Mix regions into latents by weights of positions alone, one linear map per head."""
+    """Mix regions into latents by weights of positions alone, one linear map per head.
+
+    The regions are contracted first, in one matrix product, so the cost hardly depends on how many
+    heads there are.
+    """
 
     def __init__(self, config, in_features):
         super().__init__()
-        self.heads, self.dim, self.latents = (
-            config.mixing_heads,
-            config.mixing_dim,
-            config.num_latents,
-        )
-        self.value = nn.Linear(in_features, self.heads * self.dim, bias=False)
+        self.heads, self.latents = config.mixing_heads, config.num_latents
         self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
-        self.out = nn.Linear(self.heads * self.dim, config.hidden_size)
+        self.out = nn.Linear(in_features * self.heads, config.hidden_size)
 
-    def forward(self, patches, positions, region_mask):
-        batch, steps, regions, _ = patches.shape  # (batch, patches, regions, in_features)
-        value = self.value(patches) * region_mask[:, None, :, None]
-        value = value.view(batch, steps, regions, self.heads, self.dim)
-        weight = (
-            self.weight(positions)
-            .view(-1, regions, self.heads, self.latents)
-            .expand(batch, -1, -1, -1)
-        )
+    def forward(self, values, positions, region_mask):
+        batch, steps, features, _ = values.shape  # (batch, patches, features, regions)
         # The count of regions present, not of all, keeps the scale alike for any parcellation and
         # any missing region.
-        scale = 14.0 / region_mask.sum(-1).clamp(min=1)  # (batch,)
-        weight = weight * scale.to(weight.dtype)[:, None, None, None]
-        mixed = torch.einsum("bprhd,brhm->bpmhd", value, weight)
-        return self.out(mixed.flatten(-2))  # (batch, patches, latents, hidden)
+        scale = region_mask * (14.0 / region_mask.sum(-1, keepdim=True).clamp(min=1))
+        values = values * scale.to(values.dtype)[:, None, None]
+        mixed = multiply_shared(values.flatten(1, 2), self.weight(positions))
+        mixed = mixed.view(batch, steps, features, self.heads, self.latents)
+        # (batch, patches, latents, hidden)
+        return self.out(mixed.permute(0, 1, 4, 2, 3).flatten(-2))
 
 
 class LatentsToRegions(nn.Module):
@@ -63,22 +59,24 @@ class LatentsToRegions(nn.Module):
 
     def __init__(self, config, out_features):
         super().__init__()
-        self.heads, self.dim, self.latents = (
-            config.mixing_heads,
-            config.mixing_dim,
-            config.num_latents,
-        )
-        self.value = nn.Linear(config.hidden_size, self.heads * self.dim)
+        self.heads, self.latents = config.mixing_heads, config.num_latents
+        self.value = nn.Linear(config.hidden_size, self.heads * out_features)
         self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
-        self.out = nn.Linear(self.heads * self.dim, out_features)
+        self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, latents, positions):
         batch, steps, count, _ = latents.shape  # (batch, patches, latents, hidden)
-        value = self.value(latents).view(batch, steps, count, self.heads, self.dim)
-        weight = self.weight(positions).view(positions.shape[0], -1, self.heads, self.latents)
-        weight = weight.expand(batch, -1, -1, -1) / math.sqrt(self.latents)
-        read = torch.einsum("bpmhd,brhm->bprhd", value, weight)
-        return self.out(read.flatten(-2))  # (batch, patches, regions, out_features)
+        value = self.value(latents).view(batch, steps, count, self.heads, -1)
+        value = value.permute(0, 1, 4, 3, 2).flatten(-2).flatten(1, 2)
+        weight = self.weight(positions).transpose(1, 2) / math.sqrt(self.latents * self.heads)
+        read = multiply_shared(value, weight)
+        # (batch, patches, out_features, regions)
+        return read.view(batch, steps, -1, read.shape[-1]) + self.bias[:, None]
+
+
+def multiply_shared(rows, matrix):
+    """rows (batch, rows, k) times matrix (batch or 1, k, columns)."""
+    return rows @ (matrix[0] if matrix.shape[0] == 1 else matrix)
 
 
 class AVQBlock(nn.Module):
@@ -87,6 +85,7 @@ class AVQBlock(nn.Module):
     def __init__(self, config):
         super().__init__()
         width = config.hidden_size
+        self.config = config
         self.heads, self.dropout = config.num_attention_heads, float(config.dropout)
         self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.attention_out = nn.Linear(width, 3 * width), nn.Linear(width, width)
@@ -103,13 +102,24 @@ class AVQBlock(nn.Module):
             .permute(2, 0, 3, 1, 4)
         )
         # (batch, heads, tokens, head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
+        if self.config._attn_implementation == "eager":
+            mixed = eager_attention(q, k, v, key_mask)
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)
         x = x + F.dropout(
             self.attention_out(mixed.transpose(1, 2).flatten(2)), self.dropout, self.training
         )
         return x + F.dropout(
             self.down(F.gelu(self.up(self.norm_mlp(x)))), self.dropout, self.training
         )
+
+
+def eager_attention(query, key, value, key_mask):
+    """Attention written out: on CPU its backward pass is several times faster than sdpa's."""
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    if key_mask is not None:
+        scores = scores.masked_fill(~key_mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(-1).to(value.dtype) @ value
 
 
 class LatentTransformer(nn.Module):
@@ -154,8 +164,11 @@ class TextProjection(nn.Module):
         self.register_buffer("text_scale", torch.ones(()))
 
     def forward(self, quantized):
-        x = quantized * self.input_scale
-        return self.text_mean + self.text_scale * (self.linear(x) + self.down(F.gelu(self.up(x))))
+        # Always float32: these numbers become rows of the language model's table.
+        with torch.autocast(quantized.device.type, enabled=False):
+            x = quantized * self.input_scale
+            mapped = self.linear(x) + self.down(F.gelu(self.up(x)))
+            return self.text_mean + self.text_scale * mapped
 
     def standardize(self, embeddings):
         """Embeddings (..., text_width) in units of the text table's SD around its mean."""

@@ -58,6 +58,8 @@ class AVQPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, RegionPositions):
             init.normal_(module.frequencies)
+        elif isinstance(module, LatentsToRegions):
+            init.zeros_(module.bias)
         elif isinstance(module, LatentTransformer):
             init.normal_(module.latent_embedding, std=0.5)
             init.normal_(module.patch_embedding, std=0.5)
@@ -350,14 +352,11 @@ class AVQModel(AVQPreTrainedModel):
             )
         return values, coordinates, region_mask, time_mask
 
-    def _patches(self, values):
-        batch, _, regions = values.shape
-        # (batch, time, regions) -> (batch, patches, regions, patch_length)
-        return values.view(batch, -1, self.config.patch_length, regions).transpose(2, 3)
-
     def _encode(self, values, coordinates, region_mask, time_mask):
         """Unnormalised code vectors (batch, tokens, code_dim) and token mask (batch, tokens)."""
-        patches = self._patches(values).to(self.dtype)
+        patch = self.config.patch_length
+        patches = values.view(values.shape[0], -1, patch, values.shape[2]).to(self.dtype)
+        # (batch, patches, patch_length, regions)
         patch_mask = time_mask.view(time_mask.shape[0], -1, self.config.patch_length).any(-1)
         positions = self.positions(coordinates.to(self.dtype))
         latents = self.regions_to_latents(patches, positions, region_mask)
@@ -366,7 +365,8 @@ class AVQModel(AVQPreTrainedModel):
             vectors = self.to_code(latents)
             token_mask = patch_mask[:, :, None].expand(vectors.shape[:-1])
         else:
-            vectors = self.patch_to_code(patches) + self.latents_to_code(latents, positions)
+            own = self.patch_to_code(patches.transpose(2, 3))
+            vectors = own + self.latents_to_code(latents, positions).transpose(2, 3)
             token_mask = patch_mask[:, :, None] & region_mask[:, None, :]
         return vectors.flatten(1, 2), token_mask.flatten(1)
 
@@ -398,21 +398,21 @@ class AVQModel(AVQPreTrainedModel):
             same = coordinates is code_coordinates
             source = positions if same else self.positions(code_coordinates.to(self.dtype))
             everywhere = torch.ones(batch, per_patch, dtype=torch.bool, device=hidden.device)
-            latents = self.tokens_to_latents(hidden, source, everywhere)
+            latents = self.tokens_to_latents(hidden.transpose(2, 3), source, everywhere)
         latents = self.decoder(latents, patch_mask)
-        # (batch, patches, regions, patch_length)
+        # (batch, patches, patch_length, regions)
         patches = self.latents_to_regions(latents, positions)
         if grid:
-            own = self.token_to_patch(hidden)
+            own = self.token_to_patch(hidden).transpose(2, 3)
             if not same:
                 # Another parcellation: each target region takes its neighbours' own patches by
                 # 10 mm Gaussian weights.
                 squared = torch.cdist(coordinates, code_coordinates).square()
                 own = torch.einsum(
-                    "brs,bpsl->bprl", torch.softmax(-squared / 200.0, -1).expand(batch, -1, -1), own
+                    "brs,bpls->bplr", torch.softmax(-squared / 200.0, -1).expand(batch, -1, -1), own
                 )
             patches = patches + own
-        return patches.transpose(2, 3).flatten(1, 2).float()
+        return patches.flatten(1, 2).float()
 
 
 def _thin(rows, count):

@@ -82,9 +82,15 @@ def spherical_kmeans(
     return centres
 
 
-def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor, chunk: int = 4096) -> torch.Tensor:
+def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Index of the code with the largest cosine, int64, shape (vectors,); both sides unit-norm."""
-    return torch.cat([(part @ codebook.T).argmax(-1) for part in vectors.split(chunk)])
+    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
+        if vectors.device.type != "cpu":
+            return torch.cat([(part @ codebook.T).argmax(-1) for part in vectors.split(4096)])
+        # NOTE: chunks that stay in the cache, and NumPy's vectorised argmax, make this several
+        # times faster on CPU than one product and torch's argmax.
+        parts = [(part @ codebook.T).numpy().argmax(-1) for part in vectors.split(128)]
+        return torch.cat([torch.from_numpy(part) for part in parts])
 
 
 class AVQCodebook(nn.Module):
@@ -135,8 +141,7 @@ class AVQCodebook(nn.Module):
             zero = latents.new_zeros(())
             codes = torch.zeros(latents.shape[:-1], dtype=torch.int64, device=latents.device)
             return QuantizerOutput(latents, codes, zero, zero, zero)
-        with torch.no_grad():
-            codes = nearest_code(latents.flatten(0, -2), self.codebook).view(latents.shape[:-1])
+        codes = nearest_code(latents.flatten(0, -2), self.codebook).view(latents.shape[:-1])
         chosen = self.lookup(codes)
         error = (latents - chosen).square().sum(-1)  # (batch, tokens)
         if token_mask is None:

@@ -39,7 +39,6 @@ def checkpoints(tmp_path):
             encoder_layers=1,
             decoder_layers=1,
             mixing_heads=2,
-            mixing_dim=4,
             position_features=8,
             code_dim=4,
             text_width=16,

@@ -27,7 +27,6 @@ SIZES = {
     "encoder_layers": 1,
     "decoder_layers": 1,
     "mixing_heads": 2,
-    "mixing_dim": 8,
     "position_features": 8,
     "code_dim": 6,
     "text_width": TEXT_WIDTH,

@@ -54,7 +54,7 @@ def test_the_gradient_at_the_quantised_latent_is_that_of_the_latent():
 def test_the_code_is_the_nearest_one():
     rows, vectors = unit(50, 4), unit(300, 4, seed=1)
     expected = torch.cdist(vectors.double(), rows.double()).argmin(-1)
-    assert torch.equal(nearest_code(vectors, rows, chunk=64), expected)
+    assert torch.equal(nearest_code(vectors, rows), expected)
 
 
 def test_commitment_is_the_squared_distance_to_the_code():

@@ -56,7 +56,6 @@ def avq_values(folder: Path) -> dict:
             "encoder_layers": 1,
             "decoder_layers": 1,
             "mixing_heads": 2,
-            "mixing_dim": 8,
             "position_features": 16,
             "projection_hidden_size": 16,
             "classifier_hidden_size": 16,
