@@ -20,6 +20,7 @@ from cortexicon.modeling.losses_avq import reversal_strength
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
 from .arguments import TrainingError, load_arguments
+from .atlases import AtlasScans, atlas_at, hash_of_all, prepare_atlases, refused_scans
 from .callbacks import (
     TrainingLog,
     begin_run,
@@ -36,7 +37,6 @@ from .collators import (
     TextDomain,
     draw_windows,
     load_fold,
-    prepare_scans,
     whole_windows,
 )
 
@@ -50,6 +50,7 @@ class AVQArguments:
     split: str
     text_model: str
     fold: int = 0
+    more_cohorts: list = field(default_factory=list)
     model: dict = field(default_factory=dict)
     band_pass: list | None = None
     max_steps: int = 1000
@@ -109,6 +110,18 @@ def evaluate(
         used[output.codes.flatten().cpu()] = True
     model.train()
     return {"eval_r2": 1 - error / total, "eval_usage": float(used.float().mean())}
+
+
+def evaluate_atlases(
+    model: AVQModel, atlases: list[AtlasScans], batch_size: int, limit: int, device
+) -> dict[str, float]:
+    """`evaluate` of every atlas; the keys of those after the primary one end in its name."""
+    values = {}
+    for number, one in enumerate(atlases):
+        ending = f"_{one.atlas}" if number else ""
+        scores = evaluate(model, one.validation, batch_size, limit, device)
+        values |= {f"{key}{ending}": value for key, value in scores.items()}
+    return values
 
 
 def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[str, float]:
@@ -191,10 +204,7 @@ def main(argv: list[str]) -> int:
         text_tokenizer, config.num_codes, config.num_connectivity_codes
     )
     processor = AVQProcessor(extractor, tokenizer, tokens_per_window=config.tokens_per_window)
-    scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
-    validation = prepare_scans(
-        cohort, extractor, parts["validation"], "validation", quiet=not main_process
-    )
+    atlases = prepare_atlases(cohort, arguments.more_cohorts, parts, extractor, not main_process)
 
     optimizer = torch.optim.AdamW(
         parameter_groups(model, arguments.weight_decay, arguments.classifier_rate),
@@ -205,9 +215,11 @@ def main(argv: list[str]) -> int:
     facts = {
         "cohort_hash": cohort.content_hash,
         "split_hash": split.hash,
+        "more_cohorts_hash": hash_of_all([one.content_hash for one in atlases[1:]]),
+        "atlases": {one.atlas: len(one.training) for one in atlases},
         "parameters": sum(p.numel() for p in model.parameters()),
-        "training_scans": len(scans),
-        "refused_scans": {**scans.refused, **validation.refused},
+        "training_scans": len(atlases[0].training),
+        "refused_scans": refused_scans(atlases),
         "tokens_per_window": config.tokens_per_window,
         "processes": accelerator.num_processes,
     }
@@ -222,7 +234,7 @@ def main(argv: list[str]) -> int:
 
     def batch_at(stream: int, step: int) -> dict[str, torch.Tensor]:
         batch = draw_windows(
-            scans,
+            atlases[atlas_at(arguments.seed, step, len(atlases))].training,
             config.window_length,
             arguments.batch_size,
             [arguments.seed, stream, step],
@@ -236,7 +248,8 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         if step == start_step:
             raw_model.start_codebook(
-                [batch_at(1, k) for k in range(arguments.codebook_batches)], seed=arguments.seed
+                [batch_at(1, k) for k in range(max(arguments.codebook_batches, len(atlases)))],
+                seed=arguments.seed,
             )
         strength = reversal_strength(step / arguments.max_steps)
         rate = learning_rate_at(
@@ -269,6 +282,7 @@ def main(argv: list[str]) -> int:
             started = step >= start_step
             log.write(
                 step + 1,
+                atlas=atlas_at(arguments.seed, step, len(atlases)) if atlases[1:] else None,
                 loss=out.loss,
                 reconstruction_loss=out.reconstruction_loss,
                 commitment_loss=out.commitment_loss if started else None,
@@ -289,14 +303,16 @@ def main(argv: list[str]) -> int:
         if due and step + 1 < arguments.max_steps and main_process:
             log.write(
                 step + 1,
-                **evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device),
+                **evaluate_atlases(
+                    raw_model, atlases, 32, arguments.eval_windows, accelerator.device
+                ),
             )
         if (step + 1) % arguments.save_steps == 0 and main_process:
             save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
 
     accelerator.wait_for_everyone()
     if main_process:
-        final = evaluate(raw_model, validation, 32, arguments.eval_windows, accelerator.device)
+        final = evaluate_atlases(raw_model, atlases, 32, arguments.eval_windows, accelerator.device)
         log.write(arguments.max_steps, **final)
         raw_model.eval()
         raw_model.save_pretrained(output)

@@ -1,5 +1,6 @@
 """Scans in memory, and the batches of windows that are drawn from them."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +43,14 @@ class PreparedScans:
     region_masks : list of bool arrays (regions,)
     refused : dict of str to str
         Subjects left out, and why.
+    region_coordinates : float32 array (regions, 3), mm, MNI
     """
 
     subject_ids: list[str]
     series: list[np.ndarray]
     region_masks: list[np.ndarray]
     refused: dict[str, str]
+    region_coordinates: np.ndarray
 
     def __len__(self) -> int:
         return len(self.series)
@@ -60,7 +63,7 @@ def prepare_scans(
     name: str,
     quiet: bool = False,
 ) -> PreparedScans:
-    """Check, resample and normalise the scans of `subject_ids`.
+    """Check, resample and normalise the scans of `subject_ids`, all of `extractor`'s atlas.
 
     Those that cannot serve are listed in `refused`, not hidden.
 
@@ -69,7 +72,8 @@ def prepare_scans(
     TrainingError
         No scan is left.
     """
-    scans = PreparedScans([], [], [], {})
+    coordinates = np.asarray(extractor.region_coordinates, dtype=np.float32)
+    scans = PreparedScans([], [], [], {}, coordinates)
     for subject in tqdm(subject_ids, desc=f"prepare {name}", mininterval=2.0, disable=quiet):
         scan = cohort.series(subject)
         try:
@@ -101,6 +105,15 @@ def prepare_scans(
     return scans
 
 
+def draw_scans(
+    rng: np.random.Generator, count: int, total: int, excluded: Collection[int] = ()
+) -> np.ndarray:
+    """`count` of `total` scans, int64 (count,), but for the excluded: none twice before all once."""
+    left = np.array([scan for scan in range(total) if scan not in excluded])
+    rounds = [rng.permutation(len(left)) for _ in range(-(-count // len(left)))]
+    return left[np.concatenate(rounds)[:count]]
+
+
 def draw_windows(
     scans: PreparedScans,
     window_length: int,
@@ -108,24 +121,24 @@ def draw_windows(
     seed: list[int],
     rank: int = 0,
     world_size: int = 1,
+    excluded: Collection[int] = (),
 ) -> dict[str, torch.Tensor]:
-    """One batch: `count` windows of different scans, at random starts.
+    """One batch of one atlas: `count` windows of different scans, at random starts.
 
-    It is process `rank`'s share of one common draw. Different scans matter twice: the gradient sees
+    It is share `rank` of `world_size` of one common draw. Different scans matter twice: the gradient sees
     more people, and dead codes are revived from several of them. Everything follows from `seed`, so
     a resumed run sees the same data.
     """
     rng = np.random.default_rng(seed)
-    wanted = count * world_size
-    chosen = np.concatenate([rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))])[
-        :wanted
-    ]
+    chosen = draw_scans(rng, count * world_size, len(scans), excluded)
     starts = [rng.integers(0, len(scans.series[i]) - window_length + 1) for i in chosen]
     mine = range(rank * count, (rank + 1) * count)
     values = [scans.series[chosen[k]][starts[k] : starts[k] + window_length] for k in mine]
     return {
+        "scan": torch.from_numpy(chosen[rank * count : (rank + 1) * count]),
         "input_values": torch.from_numpy(np.stack(values)),  # (batch, time, regions)
         "region_mask": torch.from_numpy(np.stack([scans.region_masks[chosen[k]] for k in mine])),
+        "region_coordinates": torch.from_numpy(scans.region_coordinates)[None],
     }
 
 
@@ -145,6 +158,7 @@ def whole_windows(
                 np.stack([scans.series[i][s : s + window_length] for i, s in part])
             ),
             "region_mask": torch.from_numpy(np.stack([scans.region_masks[i] for i, _ in part])),
+            "region_coordinates": torch.from_numpy(scans.region_coordinates)[None],
         }
 
 

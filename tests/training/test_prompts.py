@@ -149,7 +149,8 @@ def numbered_scans(count, length=50):
         for scan in range(count)
     ]
     names = [f"s{scan}" for scan in range(count)]
-    return PreparedScans(names, series, [np.ones(3, dtype=bool)] * count, {})
+    places = np.zeros((3, 3), dtype=np.float32)
+    return PreparedScans(names, series, [np.ones(3, dtype=bool)] * count, {}, places)
 
 
 def test_a_batch_holds_one_window_of_each_of_different_scans():
