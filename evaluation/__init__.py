@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .baselines import run_baselines
     from .clinical import score_clinical
+    from .code_geometry import geometry
     from .errors import EvaluationError
     from .json_files import write_json
     from .patch_kmeans import tokenizer_baseline
     from .predictions import read_predictions, write_predictions
+    from .probes import control_rows, gap_closed, probe_alignment
     from .rate_distortion import gaussian_reference
     from .reconstruction import ReconstructionScores, evaluate_reconstruction
     from .report import write_report
@@ -24,8 +26,12 @@ _HOME = {
     "EvaluationError": "errors",
     "ReconstructionScores": "reconstruction",
     "collect_results": "results",
+    "control_rows": "probes",
     "evaluate_reconstruction": "reconstruction",
+    "gap_closed": "probes",
     "gaussian_reference": "rate_distortion",
+    "geometry": "code_geometry",
+    "probe_alignment": "probes",
     "read_predictions": "predictions",
     "run_baselines": "baselines",
     "score_clinical": "clinical",
@@ -39,8 +45,12 @@ __all__ = [
     "EvaluationError",
     "ReconstructionScores",
     "collect_results",
+    "control_rows",
     "evaluate_reconstruction",
+    "gap_closed",
     "gaussian_reference",
+    "geometry",
+    "probe_alignment",
     "read_predictions",
     "run_baselines",
     "score_clinical",
