@@ -8,6 +8,7 @@ gradient grows with progress.
 """
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,14 +23,11 @@ from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokeni
 from .arguments import TrainingError, load_arguments
 from .atlases import AtlasScans, atlas_at, hash_of_all, prepare_atlases, refused_scans
 from .callbacks import (
+    Run,
     TrainingLog,
     begin_run,
-    check_same_data,
     learning_rate_at,
-    load_state,
-    progress,
     remove_state,
-    save_state,
     write_run_facts,
 )
 from .collators import (
@@ -39,6 +37,7 @@ from .collators import (
     load_fold,
     whole_windows,
 )
+from .faults import StepGuard, written_whole
 
 
 @dataclass
@@ -55,6 +54,7 @@ class AVQArguments:
     band_pass: list | None = None
     max_steps: int = 1000
     batch_size: int = 16
+    accumulation_steps: int = 1
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
@@ -172,7 +172,13 @@ def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: floa
 def main(argv: list[str]) -> int:
     """Train the codec; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(AVQArguments, argv)
-    accelerator, output = begin_run(arguments)
+    with begin_run(arguments) as run:
+        return train(arguments, run)
+
+
+def train(arguments: AVQArguments, run: Run) -> int:
+    """The run in `arguments.output`, which is claimed; the exit code."""
+    accelerator, output = run.accelerator, run.output
     main_process = accelerator.is_main_process
 
     # The cohort, its split, and the text side.
@@ -211,7 +217,6 @@ def main(argv: list[str]) -> int:
         lr=arguments.learning_rate,
         betas=(0.9, 0.95),
     )
-    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
     facts = {
         "cohort_hash": cohort.content_hash,
         "split_hash": split.hash,
@@ -221,34 +226,51 @@ def main(argv: list[str]) -> int:
         "training_scans": len(atlases[0].training),
         "refused_scans": refused_scans(atlases),
         "tokens_per_window": config.tokens_per_window,
+        "text_table": config.text_table_sha256,
         "processes": accelerator.num_processes,
     }
-    if main_process:
-        if arguments.resume:
-            check_same_data(output, facts)
-        write_run_facts(output, "avq", arguments, **facts)
-    log = TrainingLog(output, main_process, first, seconds)
+    resumed = run.begin("avq", arguments, facts, model, optimizer)
+    log = TrainingLog(output, main_process, resumed)
     model, optimizer = accelerator.prepare(model, optimizer)
     raw_model: AVQModel = accelerator.unwrap_model(model)
     model.train()
 
-    def batch_at(stream: int, step: int) -> dict[str, torch.Tensor]:
-        batch = draw_windows(
-            atlases[atlas_at(arguments.seed, step, len(atlases))].training,
-            config.window_length,
-            arguments.batch_size,
-            [arguments.seed, stream, step],
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        return {key: value.to(accelerator.device) for key, value in batch.items()}
+    def batches_at(stream: int, step: int, parts: int, guard: StepGuard):
+        """This process's `parts` batches of a step's common draw, and whose windows they hold."""
+        while True:
+            batches = [
+                draw_windows(
+                    atlases[atlas_at(arguments.seed, step, len(atlases))].training,
+                    config.window_length,
+                    arguments.batch_size,
+                    [arguments.seed, stream, step, guard.attempt],
+                    part * accelerator.num_processes + accelerator.process_index,
+                    parts * accelerator.num_processes,
+                    guard.excluded,
+                )
+                for part in range(parts)
+            ]
+            if not guard.refuses(batches):
+                break
+        for batch in batches:
+            scans = batch.pop("scan")
+            yield {key: value.to(accelerator.device) for key, value in batch.items()}, scans
+
+    def guard_at(step: int, place: int) -> StepGuard:
+        names = atlases[atlas_at(arguments.seed, place, len(atlases))].training.subject_ids
+        return StepGuard(accelerator, step, names, raw_model, run.warned)
 
     start_step = int(arguments.codebook_start * arguments.max_steps)
-    for step in (bar := progress(first, arguments.max_steps, "train avq", accelerator)):
+    parts = arguments.accumulation_steps
+    for step in (bar := run.steps(resumed.step, arguments.max_steps, "train avq")):
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         if step == start_step:
             raw_model.start_codebook(
-                [batch_at(1, k) for k in range(max(arguments.codebook_batches, len(atlases)))],
+                [
+                    batch
+                    for k in range(max(arguments.codebook_batches, len(atlases)))
+                    for batch, _ in batches_at(1, k, 1, guard_at(step, k))
+                ],
                 seed=arguments.seed,
             )
         strength = reversal_strength(step / arguments.max_steps)
@@ -257,25 +279,32 @@ def main(argv: list[str]) -> int:
         )
         for group in optimizer.param_groups:
             group["lr"] = rate * group["rate"]
-        text = None
-        if arguments.adversary:
-            text = text_domain.draw(
-                arguments.text_batch_size, [arguments.seed, 2, step, accelerator.process_index]
-            ).to(accelerator.device)
-        out = model(**batch_at(0, step), text_embeddings=text, reversal=strength)
         logging = (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps
-        norms = (
-            domain_gradient_norms(raw_model, out.domain_loss)
-            if logging and arguments.adversary
-            else {}
-        )
-        accelerator.backward(out.loss)
-        gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        if not torch.isfinite(gradient):
-            raise TrainingError(
-                f"The gradient is not finite at step {step + 1}. "
-                "Lower learning_rate, or check the cohort's values."
-            )
+        guard = guard_at(step, step)
+        while not guard.accepted:
+            loss = torch.zeros((), device=accelerator.device)
+            for part, (batch, scans_of_batch) in enumerate(batches_at(0, step, parts, guard)):
+                text = None
+                if arguments.adversary:
+                    place = part * accelerator.num_processes + accelerator.process_index
+                    text = text_domain.draw(
+                        arguments.text_batch_size, [arguments.seed, 2, step, place]
+                    ).to(accelerator.device)
+                # Gradients are exchanged once a step. NOTE: the codebook's statistics are exchanged
+                # and updated by every batch, so a later part meets the codebook of the ones before.
+                last = part + 1 == parts
+                with nullcontext() if last else accelerator.no_sync(model):
+                    out = model(**batch, text_embeddings=text, reversal=strength)
+                    guard.watch(out.reconstruction, scans_of_batch)
+                    norms = (
+                        domain_gradient_norms(raw_model, out.domain_loss)
+                        if last and logging and arguments.adversary
+                        else {}
+                    )
+                    accelerator.backward(out.loss / parts)
+                    loss += out.loss.detach() / parts
+            gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            guard.judge(loss, gradient, optimizer)
         optimizer.step()
         optimizer.zero_grad()
         if logging:
@@ -283,7 +312,7 @@ def main(argv: list[str]) -> int:
             log.write(
                 step + 1,
                 atlas=atlas_at(arguments.seed, step, len(atlases)) if atlases[1:] else None,
-                loss=out.loss,
+                loss=loss,  # the mean of all parts; what follows is the last one's
                 reconstruction_loss=out.reconstruction_loss,
                 commitment_loss=out.commitment_loss if started else None,
                 spectrum_loss=out.spectrum_loss,
@@ -307,16 +336,20 @@ def main(argv: list[str]) -> int:
                     raw_model, atlases, 32, arguments.eval_windows, accelerator.device
                 ),
             )
-        if (step + 1) % arguments.save_steps == 0 and main_process:
-            save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
+        stop = run.stop_code()
+        if stop or (step + 1) % arguments.save_steps == 0:
+            run.save_state(raw_model, optimizer.optimizer, step + 1, log.seconds)
+        if stop:
+            return run.stop(stop, step + 1)
 
     accelerator.wait_for_everyone()
     if main_process:
         final = evaluate_atlases(raw_model, atlases, 32, arguments.eval_windows, accelerator.device)
         log.write(arguments.max_steps, **final)
         raw_model.eval()
-        raw_model.save_pretrained(output)
-        processor.save_pretrained(output)
+        with written_whole(output) as folder:
+            raw_model.save_pretrained(folder)
+            processor.save_pretrained(folder)
         write_run_facts(output, "avq", arguments, seconds=log.seconds, **facts, **final)
         remove_state(output)
         print(
@@ -324,7 +357,6 @@ def main(argv: list[str]) -> int:
             f"codebook usage {final['eval_usage']:.0%} ({config.tokens_per_window} tokens "
             f"per {config.window_length * config.sampling_interval:g} s)"
         )
-    accelerator.end_training()
     return 0
 
 

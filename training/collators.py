@@ -108,7 +108,7 @@ def prepare_scans(
 def draw_scans(
     rng: np.random.Generator, count: int, total: int, excluded: Collection[int] = ()
 ) -> np.ndarray:
-    """`count` of `total` scans, int64 (count,), but for the excluded: none twice before all once."""
+    """`count` of `total` scans without the excluded, int64 (count,); none twice before all once."""
     left = np.array([scan for scan in range(total) if scan not in excluded])
     rounds = [rng.permutation(len(left)) for _ in range(-(-count // len(left)))]
     return left[np.concatenate(rounds)[:count]]
@@ -125,9 +125,10 @@ def draw_windows(
 ) -> dict[str, torch.Tensor]:
     """One batch of one atlas: `count` windows of different scans, at random starts.
 
-    It is share `rank` of `world_size` of one common draw. Different scans matter twice: the gradient sees
-    more people, and dead codes are revived from several of them. Everything follows from `seed`, so
-    a resumed run sees the same data.
+    It is share `rank` of `world_size` of one common draw. Different scans matter twice: the
+    gradient sees more people, and dead codes are revived from several of them. Everything follows
+    from `seed`, so a resumed run sees the same data. `scan` int64 (batch,) in it says whose windows
+    they are; no index of `excluded` is among them.
     """
     rng = np.random.default_rng(seed)
     chosen = draw_scans(rng, count * world_size, len(scans), excluded)

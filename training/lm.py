@@ -22,17 +22,15 @@ from cortexicon.tokenization import AVQProcessor
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
+    Run,
     TrainingLog,
     begin_run,
-    check_same_data,
     learning_rate_at,
-    load_state,
-    progress,
     remove_state,
-    save_state,
     write_run_facts,
 )
-from .collators import load_fold, prepare_scans
+from .collators import draw_scans, load_fold, prepare_scans
+from .faults import StepGuard, written_whole
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 
 
@@ -159,7 +157,13 @@ def build_model(
 def main(argv: list[str]) -> int:
     """Train the language model; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(LMArguments, argv)
-    accelerator, output = begin_run(arguments)
+    with begin_run(arguments) as run:
+        return train(arguments, run)
+
+
+def train(arguments: LMArguments, run: Run) -> int:
+    """The run in `arguments.output`, which is claimed; the exit code."""
+    accelerator, output = run.accelerator, run.output
     main_process = accelerator.is_main_process
 
     cohort, split, parts = load_fold(arguments)
@@ -217,7 +221,6 @@ def main(argv: list[str]) -> int:
         lr=arguments.learning_rate,
         betas=(0.9, 0.98),
     )
-    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
     facts = {
         "cohort_hash": cohort.content_hash,
         "split_hash": split.hash,
@@ -229,29 +232,24 @@ def main(argv: list[str]) -> int:
         "targets": targets,
         "processes": accelerator.num_processes,
     }
-    if main_process:
-        if arguments.resume:
-            check_same_data(output, facts)
-        write_run_facts(output, "lm", arguments, **facts)
-    log = TrainingLog(output, main_process, first, seconds)
+    resumed = run.begin("lm", arguments, facts, model, optimizer)
+    log = TrainingLog(output, main_process, resumed)
     primary = (
         f"eval_mae_{targets[0]['name']}"
         if targets[0]["kind"] == "number"
         else f"eval_error_{targets[0]['name']}"
     )
-    best = best_so_far(log.path, primary) if first else float("inf")
+    best = best_so_far(log.path, primary) if resumed.step else float("inf")
     model, optimizer = accelerator.prepare(model, optimizer)
     raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(model)
     model.train()
     placeholder = processor.tokenizer.fmri_token_id
 
-    def batch_at(step: int):
+    def batch_at(step: int, attempt: int, excluded: set[int]):
         """Rows of one step: different subjects, random windows of each, every target."""
-        rng = np.random.default_rng([arguments.seed, step])
+        rng = np.random.default_rng([arguments.seed, step, attempt])
         wanted = arguments.batch_size * accelerator.num_processes
-        chosen = np.concatenate(
-            [rng.permutation(len(scans)) for _ in range(-(-wanted // len(scans)))]
-        )[:wanted]
+        chosen = draw_scans(rng, wanted, len(scans), excluded)
         codes, answers = [], []
         for scan in chosen:
             picked = rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)
@@ -268,6 +266,7 @@ def main(argv: list[str]) -> int:
             (accelerator.process_index + 1) * arguments.batch_size,
         )
         batch = rows.batch(codes[mine], answers[mine])
+        batch["scan"] = chosen[mine]
         # Some codes are hidden, so that no single code can be learned by heart as somebody's.
         ids = batch["input_ids"]
         is_code = (ids >= raw_model.config.fmri_offset) & (
@@ -277,28 +276,28 @@ def main(argv: list[str]) -> int:
         batch["input_ids"] = ids.masked_fill(is_code & hidden, placeholder)
         return batch
 
-    for step in (bar := progress(first, arguments.max_steps, "train lm", accelerator)):
+    for step in (bar := run.steps(resumed.step, arguments.max_steps, "train lm")):
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
             )
-        batch = batch_at(step)
-        kept, column = batch["places"][:, 1].unique(return_inverse=True)
-        out = model(
-            input_ids=batch["input_ids"].to(accelerator.device),
-            position_ids=batch["position_ids"].to(accelerator.device),
-            attention_mask=batch["attention_mask"].to(accelerator.device),
-            logits_to_keep=kept.to(accelerator.device),
-            use_cache=False,
-        )
-        loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
-        accelerator.backward(loss)
-        gradient = accelerator.clip_grad_norm_(trained, 1.0)
-        if not torch.isfinite(gradient):
-            raise TrainingError(
-                f"The gradient is not finite at step {step + 1}. Lower learning_rate."
+        guard = StepGuard(accelerator, step, scans.subject_ids, warned=run.warned)
+        while not guard.accepted:
+            batch = batch_at(step, guard.attempt, guard.excluded)
+            kept, column = batch["places"][:, 1].unique(return_inverse=True)
+            out = model(
+                input_ids=batch["input_ids"].to(accelerator.device),
+                position_ids=batch["position_ids"].to(accelerator.device),
+                attention_mask=batch["attention_mask"].to(accelerator.device),
+                logits_to_keep=kept.to(accelerator.device),
+                use_cache=False,
             )
+            guard.watch(out.logits, batch["scan"])
+            loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
+            accelerator.backward(loss)
+            gradient = accelerator.clip_grad_norm_(trained, 1.0)
+            guard.judge(loss, gradient, optimizer)
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % arguments.log_steps == 0 or step + 1 == arguments.max_steps:
@@ -312,9 +311,13 @@ def main(argv: list[str]) -> int:
             if scores[primary] < best:
                 best = scores[primary]
                 choose_readouts(raw_model, scores)
-                raw_model.save_pretrained(output)
-        if (step + 1) % arguments.save_steps == 0 and main_process:
-            save_state(output, raw_model, optimizer.optimizer, step + 1, log.seconds)
+                with written_whole(output) as folder:
+                    raw_model.save_pretrained(folder)
+        stop = run.stop_code()
+        if stop or (step + 1) % arguments.save_steps == 0:
+            run.save_state(raw_model, optimizer.optimizer, step + 1, log.seconds)
+        if stop:
+            return run.stop(stop, step + 1)
 
     accelerator.wait_for_everyone()
     if main_process and best == float("inf"):
@@ -322,7 +325,8 @@ def main(argv: list[str]) -> int:
             f"No checkpoint was kept: no validation subject has a value of {targets[0]['name']}."
         )
     if main_process:
-        processor.save_pretrained(output)
+        with written_whole(output) as folder:
+            processor.save_pretrained(folder)
         write_run_facts(
             output, "lm", arguments, seconds=log.seconds, **facts, **{f"best_{primary}": best}
         )
@@ -331,7 +335,6 @@ def main(argv: list[str]) -> int:
             f"Language model in {output}: "
             f"best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
         )
-    accelerator.end_training()
     return 0
 
 

@@ -6,6 +6,7 @@ often each token occurs in the corpus (`token_counts.safetensors`): the text dom
 is aligned with.
 """
 
+import hashlib
 import sys
 from dataclasses import dataclass, field
 
@@ -23,16 +24,15 @@ from transformers import (
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
+    Run,
     TrainingLog,
     begin_run,
     learning_rate_at,
-    load_state,
-    progress,
     remove_state,
-    save_state,
     write_run_facts,
 )
 from .corpus import local_corpus
+from .faults import StepGuard, written_whole
 
 END = "<|endoftext|>"
 
@@ -80,7 +80,13 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenize
 def main(argv: list[str]) -> int:
     """Run the text stage; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(TextArguments, argv)
-    accelerator, output = begin_run(arguments)
+    with begin_run(arguments) as run:
+        return train(arguments, run)
+
+
+def train(arguments: TextArguments, run: Run) -> int:
+    """The run in `arguments.output`, which is claimed; the exit code."""
+    accelerator, output = run.accelerator, run.output
 
     documents, sources = local_corpus(
         arguments.text_files, arguments.max_characters, arguments.sentences, arguments.seed
@@ -112,40 +118,39 @@ def main(argv: list[str]) -> int:
     ids = ids[: -len(ids) // 20]
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95))
-    first, seconds = load_state(output, model, optimizer) if arguments.resume else (0, 0.0)
     steps = 0 if arguments.model_id else arguments.max_steps
-    parameters = sum(p.numel() for p in model.parameters())
-    if accelerator.is_main_process:
-        write_run_facts(
-            output,
-            "text",
-            arguments,
-            sources=sources,
-            corpus_tokens=len(ids),
-            parameters=parameters,
-        )
-    log = TrainingLog(output, accelerator.is_main_process, first, seconds)
+    facts = {
+        "sources": sources,
+        "corpus_tokens": len(ids),
+        "corpus_hash": hashlib.sha256(ids.tobytes()).hexdigest(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "processes": accelerator.num_processes,
+    }
+    resumed = run.begin("text", arguments, facts, model, optimizer)
+    log = TrainingLog(output, accelerator.is_main_process, resumed)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     table = accelerator.unwrap_model(model).get_input_embeddings().weight
 
-    def windows(source, count, step):
-        rng = np.random.default_rng([arguments.seed, step, accelerator.process_index])
+    def windows(source, count, step, attempt=0):
+        rng = np.random.default_rng([arguments.seed, step, accelerator.process_index, attempt])
         starts = rng.integers(0, len(source) - arguments.sequence_length, count)
         rows = np.stack([source[s : s + arguments.sequence_length] for s in starts])
         return torch.from_numpy(rows).to(accelerator.device)
 
-    bar = progress(first, steps, "train text", accelerator)
-    for step in bar:
+    for step in (bar := run.steps(resumed.step, steps, "train text")):
         torch.manual_seed(arguments.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(
                 step, arguments.learning_rate, arguments.warmup_steps, steps
             )
-        rows = windows(ids, arguments.batch_size, step)
-        loss = model(input_ids=rows, labels=rows).loss
-        accelerator.backward(loss)
-        gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        guard = StepGuard(accelerator, step, warned=run.warned)
+        while not guard.accepted:
+            rows = windows(ids, arguments.batch_size, step, guard.attempt)
+            loss = model(input_ids=rows, labels=rows).loss
+            accelerator.backward(loss)
+            gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            guard.judge(loss, gradient, optimizer)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():
@@ -156,10 +161,12 @@ def main(argv: list[str]) -> int:
         if (step + 1) % arguments.log_steps == 0 or step + 1 == steps:
             log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        if (step + 1) % arguments.save_steps == 0 and accelerator.is_main_process:
-            save_state(
-                output, accelerator.unwrap_model(model), optimizer.optimizer, step + 1, log.seconds
-            )
+        stop = run.stop_code()
+        if stop or (step + 1) % arguments.save_steps == 0:
+            whole = accelerator.unwrap_model(model)
+            run.save_state(whole, optimizer.optimizer, step + 1, log.seconds)
+        if stop:
+            return run.stop(stop, step + 1)
 
     model = accelerator.unwrap_model(model).eval()
     with torch.no_grad():
@@ -167,21 +174,18 @@ def main(argv: list[str]) -> int:
         held_out_loss = float(model(input_ids=rows, labels=rows).loss)
     if accelerator.is_main_process:
         log.write(steps, eval_loss=held_out_loss)
-        model.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-        save_file({"counts": counts}, output / "token_counts.safetensors")
+        with written_whole(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            save_file({"counts": counts}, folder / "token_counts.safetensors")
         write_run_facts(
-            output,
-            "text",
-            arguments,
-            sources=sources,
-            corpus_tokens=len(ids),
-            parameters=parameters,
-            seconds=log.seconds,
-            eval_loss=held_out_loss,
+            output, "text", arguments, seconds=log.seconds, eval_loss=held_out_loss, **facts
         )
         remove_state(output)
-        print(f"Language model and tokenizer ({parameters / 1e6:.1f} M parameters) in {output}")
+        print(
+            f"Language model and tokenizer ({facts['parameters'] / 1e6:.1f} M parameters) "
+            f"in {output}"
+        )
     return 0
 
 

@@ -97,7 +97,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path):
     (tmp_path / "state.new").mkdir()
     again = torch.nn.Linear(2, 2)
     fresh = torch.optim.AdamW(again.parameters())
-    assert callbacks.load_state(tmp_path, again, fresh) == (5, 1.5)
+    assert callbacks.load_state(tmp_path, again, fresh) == (5, 1.5, 0)
     assert torch.equal(again.weight, model.weight)
     moments = [optimizer.state_dict()["state"][0][key] for key in ("exp_avg", "exp_avg_sq")]
     restored = [fresh.state_dict()["state"][0][key] for key in ("exp_avg", "exp_avg_sq")]
