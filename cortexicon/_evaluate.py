@@ -122,7 +122,7 @@ def _score_codec(
         scans(parts["test"]),
         num_codes=config.num_codes,
         window_seconds=config.window_length * config.sampling_interval,
-        tokens_per_window=config.tokens_per_window,
+        tokens_per_window=checkpoint.tokens_per_window,
         regions=cohort.regions,
         items_test_sites=scans(parts.get("test_sites", ())),
         groups=_native_interval(checkpoint, cohort),

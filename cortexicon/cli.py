@@ -133,6 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("cohort", metavar="COHORT", type=Path)
     command.add_argument("--out", type=Path, required=True, help="codes file to write (Parquet)")
     _add_part(command)
+    _add_any_atlas(command)
     command.set_defaults(run=_encode)
 
     command = commands.add_parser("decode", help="codes to region series")
@@ -140,6 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("codes", metavar="CODES", type=Path)
     command.add_argument("--out", type=Path, required=True, help="cohort folder to write")
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    command.add_argument(
+        "--regions",
+        type=Path,
+        default=None,
+        help="regions.tsv of another parcellation to decode into (default: the encoded one)",
+    )
+    command.add_argument("--atlas", default=None, help="its name; needed with --regions")
     command.set_defaults(run=_decode)
 
     command = commands.add_parser("predict", help="clinical answers of an LLM checkpoint")
@@ -166,6 +174,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for files of predictions (default: `predictions` beside the JSON file)",
     )
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    _add_any_atlas(command)
     command.set_defaults(run=_evaluate)
 
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
@@ -184,6 +193,15 @@ def _add_part(command: argparse.ArgumentParser) -> None:
     command.add_argument("--part", default="test", help="part of the split (default: test)")
     command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+
+
+def _add_any_atlas(command: argparse.ArgumentParser) -> None:
+    """The option that lets a codec read another parcellation than its checkpoint stores."""
+    command.add_argument(
+        "--any-atlas",
+        action="store_true",
+        help="read the cohort's regions by their coordinates, whatever the checkpoint's atlas",
+    )
 
 
 def _fold_parts(arguments: argparse.Namespace, cohort: "Cohort") -> dict[str, list[str]]:
@@ -258,10 +276,17 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _encode(arguments: argparse.Namespace) -> None:
     from cortexicon.cohorts import load_cohort
-    from cortexicon.inference import describe_codes, encode_cohort, load_checkpoint, write_codes
+    from cortexicon.inference import (
+        describe_codes,
+        encode_cohort,
+        fit_to_atlas,
+        load_checkpoint,
+        write_codes,
+    )
 
-    checkpoint = load_checkpoint(arguments.checkpoint)
     cohort = load_cohort(arguments.cohort)
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    checkpoint = fit_to_atlas(checkpoint, cohort, arguments.any_atlas)
     skipped: list[SkippedScan] = []
     scans = encode_cohort(
         checkpoint.codec,
@@ -277,10 +302,18 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _decode(arguments: argparse.Namespace) -> None:
+    from cortexicon.cohorts import read_regions
     from cortexicon.inference import decode_codes, load_checkpoint
 
-    checkpoint = load_checkpoint(arguments.checkpoint)
-    cohort = decode_codes(checkpoint.codec, arguments.codes, arguments.out, arguments.batch_size)
+    regions = None if arguments.regions is None else read_regions(arguments.regions)
+    cohort = decode_codes(
+        load_checkpoint(arguments.checkpoint).codec,
+        arguments.codes,
+        arguments.out,
+        arguments.batch_size,
+        regions=regions,
+        atlas=arguments.atlas,
+    )
     print(f"{len(cohort)} decoded scans x {len(cohort.labels)} regions -> {arguments.out}")
 
 
@@ -305,12 +338,12 @@ def _predict(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from cortexicon._evaluate import evaluate_checkpoint
     from cortexicon.cohorts import load_cohort
-    from cortexicon.inference import load_checkpoint
+    from cortexicon.inference import fit_to_atlas, load_checkpoint
 
     checkpoint = load_checkpoint(arguments.checkpoint)
     cohort = load_cohort(arguments.cohort)
     evaluate_checkpoint(
-        checkpoint,
+        fit_to_atlas(checkpoint, cohort, arguments.any_atlas),
         cohort,
         arguments.json,
         parts=None if arguments.split is None else _fold_parts(arguments, cohort),

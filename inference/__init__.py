@@ -1,6 +1,6 @@
 """A checkpoint and a cohort in, files out."""
 
-from .checkpoints import Checkpoint, load_checkpoint
+from .checkpoints import Checkpoint, fit_to_atlas, load_checkpoint
 from .codes_file import (
     CodesFile,
     CodesInfo,
@@ -35,6 +35,7 @@ __all__ = [
     "decode_windows",
     "describe_codes",
     "encode_cohort",
+    "fit_to_atlas",
     "load_checkpoint",
     "read_codes",
     "reconstruct_cohort",

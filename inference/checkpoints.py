@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from cortexicon.cohorts import Cohort
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor
 
@@ -33,6 +34,14 @@ class Checkpoint(NamedTuple):
     model: AVQModel | AVQLMForConditionalGeneration
     codec: AVQModel
     processor: AVQProcessor
+
+    @property
+    def tokens_per_window(self) -> int:
+        """Codes of one window of the parcellation that the feature extractor reads."""
+        config, regions = self.codec.config, self.processor.feature_extractor.num_regions
+        if config.token_layout == "grid" and regions is not None:
+            return config.num_patches * regions
+        return config.tokens_per_window
 
 
 def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -66,6 +75,44 @@ def load_checkpoint(folder: str | Path, device: str | torch.device = "cpu") -> C
     model = model.to(device).eval()
     codec = model if isinstance(model, AVQModel) else model.avq
     return Checkpoint(folder, model_type, model, codec, _processor(folder))
+
+
+def fit_to_atlas(checkpoint: Checkpoint, cohort: Cohort, any_atlas: bool = False) -> Checkpoint:
+    """The checkpoint as it reads `cohort`, which may be of another parcellation than it stores.
+
+    The codec knows regions by their coordinates alone, so it reads any parcellation; but whoever
+    wants that says so. Then labels and coordinates are the cohort's own.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    cohort : Cohort
+    any_atlas : bool
+        False: another atlas than the checkpoint's is an error.
+
+    Raises
+    ------
+    InferenceError
+        Another atlas without `any_atlas`.
+    """
+    extractor = checkpoint.processor.feature_extractor
+    if extractor.atlas in (None, cohort.atlas):
+        return checkpoint
+    if not any_atlas:
+        raise InferenceError(
+            f"{cohort.path or 'cohort'}: expected regions of atlas {extractor.atlas!r}, which "
+            f"{checkpoint.folder} stores, found atlas {cohort.atlas!r}. Extract the series with "
+            f"{extractor.atlas!r}, or have the regions of {cohort.atlas!r} read by their "
+            "coordinates: any_atlas=True, on the command line --any-atlas."
+        )
+    fitted = checkpoint._replace(
+        processor=AVQProcessor(
+            extractor.for_atlas(cohort.atlas, cohort.labels, cohort.coordinates),
+            checkpoint.processor.tokenizer,
+        )
+    )
+    fitted.processor.tokens_per_window = fitted.tokens_per_window
+    return fitted
 
 
 def _model_type(folder: Path) -> str:

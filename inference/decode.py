@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -11,6 +12,7 @@ from cortexicon.modeling import AVQModel
 
 from .codes_file import check_codebook, read_codes
 from .encode import decode_windows
+from .errors import InferenceError
 
 
 def decode_codes(
@@ -19,8 +21,10 @@ def decode_codes(
     out_folder: str | Path,
     batch_size: int = 32,
     progress: bool = True,
+    regions: pd.DataFrame | None = None,
+    atlas: str | None = None,
 ) -> Cohort:
-    """Decode a codes file into the regions it was encoded from and write the result as a cohort.
+    """Decode a codes file into the regions it was encoded from, or others, and write a cohort.
 
     Parameters
     ----------
@@ -35,25 +39,40 @@ def decode_codes(
         Windows per forward pass.
     progress : bool
         Show a progress bar over scans.
+    regions : pandas.DataFrame, optional
+        Another parcellation to decode into: label, x, y, z (MNI mm), as `read_regions` returns.
+    atlas : str, optional
+        Its name; needed with `regions`.
 
     Raises
     ------
     InferenceError
-        The file is damaged or was written with another codebook.
+        The file is damaged or was written with another codebook; `regions` without `atlas`.
     """
+    if (regions is None) != (atlas is None):
+        raise InferenceError(
+            "expected a table of regions and the name of their atlas together, found only "
+            f"{'the name' if regions is None else 'the table'}. Give both, or none of them to "
+            "decode into the regions that were encoded."
+        )
     scans, info = read_codes(codes_path)
     check_codebook(model, info, codes_path)
     coordinates = np.asarray(info.region_coordinates, dtype=np.float32)
+    labels, name, source = info.region_labels, info.atlas, None
+    if regions is not None and atlas is not None:
+        source = torch.from_numpy(coordinates)[None]  # (1, regions, 3)
+        coordinates = regions[["x", "y", "z"]].to_numpy(np.float32)
+        labels, name = [str(label) for label in regions["label"]], atlas
     positions = torch.from_numpy(coordinates)[None]  # (1, regions, 3)
     decoded = []
     for scan in tqdm(scans, unit="scan", disable=not progress):
-        windows = decode_windows(model, scan.codes, positions, batch_size)
+        windows = decode_windows(model, scan.codes, positions, batch_size, source)
         decoded.append(
             ParcelSeries(
                 windows.reshape(-1, windows.shape[-1]),  # (windows * time, regions)
-                info.region_labels,
+                labels,
                 coordinates,
-                info.atlas,
+                name,
                 info.sampling_interval,
                 scan.subject_id,
                 scan.session,

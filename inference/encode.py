@@ -179,18 +179,22 @@ def decode_windows(
     codes: np.ndarray,
     region_coordinates: torch.Tensor,
     batch_size: int = 32,
+    code_coordinates: torch.Tensor | None = None,
 ) -> np.ndarray:
     """Series float32 (windows, time, regions), z-score units, of codes int64 (windows, tokens).
 
-    `region_coordinates` is float32 (1, regions, 3) in mm, MNI: the regions that were encoded.
+    `region_coordinates` is float32 (1, regions, 3) in mm, MNI: where to decode. `code_coordinates`,
+    of the same kind, are the regions that were encoded, where those are others: codes of the grid
+    layout belong to regions.
     """
     device = next(model.parameters()).device
     coordinates = region_coordinates.to(device)
+    source = None if code_coordinates is None else code_coordinates.to(device)
     parts = []
     with evaluation_mode(model), torch.inference_mode():
         for start in range(0, len(codes), batch_size):
             rows = torch.from_numpy(np.ascontiguousarray(codes[start : start + batch_size]))
-            output = model.decode(rows.long().to(device), region_coordinates=coordinates)
+            output = model.decode(rows.long().to(device), coordinates, source)
             parts.append(output.reconstruction.float().cpu().numpy())
     return np.concatenate(parts)
 

@@ -16,7 +16,7 @@ REGIONS = 12
 WINDOW = 40
 
 
-def make_codec(seed: int) -> AVQModel:
+def make_codec(seed: int, **changes) -> AVQModel:
     torch.manual_seed(seed)
     model = AVQModel(
         AVQConfig(
@@ -32,6 +32,7 @@ def make_codec(seed: int) -> AVQModel:
             decoder_layers=1,
             text_width=16,
             atlas="toy",
+            **changes,
         )
     ).eval()
     # Start the codebook on what the encoder makes of noise: different scans get different codes.
@@ -86,9 +87,8 @@ def feature_extractor(cohort):
     )
 
 
-@pytest.fixture
-def checkpoint_folder(codec, feature_extractor, tmp_path):
-    """The codec and its processor, saved as training saves them."""
+def save_checkpoint(codec, feature_extractor, folder):
+    """Save the codec and its processor as training saves them."""
     words = {word: number for number, word in enumerate(["[UNK]", "[EOS]", "age", "?"])}
     backend = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     backend.pre_tokenizer = Whitespace()
@@ -96,7 +96,12 @@ def checkpoint_folder(codec, feature_extractor, tmp_path):
         tokenizer_object=backend, unk_token="[UNK]", eos_token="[EOS]", pad_token="[EOS]"
     )
     tokenizer = AVQTokenizer.from_text_tokenizer(text, num_codes=32)
-    folder = tmp_path / "checkpoint"
     codec.save_pretrained(folder)
     AVQProcessor(feature_extractor, tokenizer).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def checkpoint_folder(codec, feature_extractor, tmp_path):
+    """Folder of the codec and its processor."""
+    return save_checkpoint(codec, feature_extractor, tmp_path / "checkpoint")
