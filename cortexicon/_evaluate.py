@@ -11,6 +11,7 @@ from cortexicon.evaluation import (
     EvaluationError,
     evaluate_reconstruction,
     gaussian_reference,
+    region_patch_baseline,
     run_baselines,
     score_clinical,
     tokenizer_baseline,
@@ -160,21 +161,27 @@ def _score_tokenizer(
         (windows for _, windows in training),
         scores["tokens_per_window"] * scores["bits_per_token"],
     )
+    common: dict[str, Any] = {
+        "num_codes": config.num_codes,
+        "window_seconds": config.window_length * config.sampling_interval,
+        "groups": _native_interval(checkpoint, cohort),
+    }
+    held_out = cohort_windows(extractor, cohort, list(parts["test"]))
     if config.token_layout == "grid":
-        return  # spatial PCA cannot spend a number of tokens that grows with the regions
-    write_json(
-        json_path.parent / "tokenizer_baseline.json",
-        tokenizer_baseline(
+        # Spatial PCA cannot spend a number of tokens that grows with the regions.
+        result = region_patch_baseline(
+            training, held_out, patch_length=config.patch_length, **common
+        )
+    else:
+        result = tokenizer_baseline(
             training,
-            cohort_windows(extractor, cohort, list(parts["test"])),
-            num_codes=config.num_codes,
+            held_out,
             # Four patches a window, whatever the codec's: with 128 tokens the published row.
             patch_length=config.window_length // 4,
             tokens_per_window=config.tokens_per_window,
-            window_seconds=config.window_length * config.sampling_interval,
-            groups=_native_interval(checkpoint, cohort),
-        ),
-    )
+            **common,
+        )
+    write_json(json_path.parent / "tokenizer_baseline.json", result)
 
 
 def _predict(

@@ -177,6 +177,41 @@ def build_parser() -> argparse.ArgumentParser:
     _add_any_atlas(command)
     command.set_defaults(run=_evaluate)
 
+    command = commands.add_parser(
+        "reconstruction", help="table of reconstructions: codecs, plain tokenizers, reference"
+    )
+    command.add_argument("cohort", metavar="COHORT", type=Path)
+    command.add_argument("--split", type=Path, required=True, help="split file")
+    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
+    command.add_argument("--json", type=Path, required=True, help="file of the table to write")
+    command.add_argument("--markdown", type=Path, default=None, help="the table for people")
+    command.add_argument(
+        "--checkpoints", metavar="DIR", type=Path, nargs="+", default=[], help="codecs to score"
+    )
+    command.add_argument(
+        "--band-pass",
+        metavar=("LOW", "HIGH"),
+        type=float,
+        nargs=2,
+        default=None,
+        help="Hz; a second table, of band-passed windows",
+    )
+    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    _add_any_atlas(command)
+    command.set_defaults(run=_reconstruction)
+
+    command = commands.add_parser(
+        "cross-atlas", help="encode one parcellation, decode another, against plain ways there"
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    command.add_argument("source", metavar="SOURCE", type=Path, help="cohort to encode")
+    command.add_argument("target", metavar="TARGET", type=Path, help="same scans, another atlas")
+    command.add_argument("--split", type=Path, required=True, help="split file of SOURCE")
+    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
+    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
+    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    command.set_defaults(run=_cross_atlas)
+
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
     command.set_defaults(run=_report)
@@ -351,6 +386,44 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         baselines=arguments.baselines,
         predictions_folder=arguments.predictions or arguments.json.parent / "predictions",
         batch_size=arguments.batch_size,
+    )
+    print(f"scores -> {arguments.json}")
+
+
+def _reconstruction(arguments: argparse.Namespace) -> None:
+    from cortexicon._reconstruction import reconstruction_table
+    from cortexicon.cohorts import load_cohort, load_split
+
+    cohort = load_cohort(arguments.cohort)
+    _fold_parts(arguments, cohort)
+    reconstruction_table(
+        cohort,
+        load_split(arguments.split, cohort),
+        arguments.fold,
+        arguments.json,
+        markdown_path=arguments.markdown,
+        checkpoints=arguments.checkpoints,
+        band_pass=arguments.band_pass,
+        any_atlas=arguments.any_atlas,
+        batch_size=arguments.batch_size,
+    )
+    print(f"table  -> {arguments.json}")
+    print(f"figure -> {arguments.json.with_suffix('.png')}")
+
+
+def _cross_atlas(arguments: argparse.Namespace) -> None:
+    from cortexicon._cross_atlas import evaluate_cross_atlas
+    from cortexicon.cohorts import load_cohort
+    from cortexicon.inference import load_checkpoint
+
+    source = load_cohort(arguments.source)
+    evaluate_cross_atlas(
+        load_checkpoint(arguments.checkpoint),
+        source,
+        load_cohort(arguments.target),
+        _fold_parts(arguments, source),
+        arguments.json,
+        arguments.batch_size,
     )
     print(f"scores -> {arguments.json}")
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .code_geometry import geometry
     from .errors import EvaluationError
     from .json_files import write_json
-    from .patch_kmeans import tokenizer_baseline
+    from .patch_kmeans import region_patch_baseline, tokenizer_baseline
     from .predictions import read_predictions, write_predictions
     from .probes import control_rows, gap_closed, probe_alignment
     from .rate_distortion import gaussian_reference
@@ -33,6 +33,7 @@ _HOME = {
     "geometry": "code_geometry",
     "probe_alignment": "probes",
     "read_predictions": "predictions",
+    "region_patch_baseline": "patch_kmeans",
     "run_baselines": "baselines",
     "score_clinical": "clinical",
     "tokenizer_baseline": "patch_kmeans",
@@ -52,6 +53,7 @@ __all__ = [
     "geometry",
     "probe_alignment",
     "read_predictions",
+    "region_patch_baseline",
     "run_baselines",
     "score_clinical",
     "tokenizer_baseline",

@@ -1,9 +1,10 @@
-"""The non-learned tokenizer a learned one has to beat: spatial PCA, patches, k-means.
+"""The non-learned tokenizers a learned one has to beat: patches and k-means.
 
-Each window is projected on the leading spatial components of the training windows; every
-component's course is cut into patches; one codebook of patches serves all components. With the
-components chosen as `tokens * patch / window` it spends exactly as many tokens as the codec. A
-component's sign is arbitrary, so the codebook is symmetric: half the codes are the negatives of the
+Every course of a window (a spatial principal component of the training windows, or a region as it
+is) is cut into patches, and one codebook of patches serves all courses. Components answer to the
+codec's `latent` layout: with `tokens * patch / window` of them the code spends exactly as many
+tokens. Regions answer to its `grid` layout. The sign of a course is as good as its opposite (a
+component's is arbitrary), so the codebook is symmetric: half the codes are the negatives of the
 others, which gives each centre twice the data. On the real cohort (128 tokens, K = 8192) that gave
 held-out R2 0.374 against 0.371 on 250,000 training patches, and 0.377 on 700,000.
 """
@@ -21,10 +22,12 @@ from .errors import EvaluationError
 from .rate_distortion import gaussian_reference
 from .reconstruction import ReconstructionScores
 
+Items = Iterable[tuple[str, np.ndarray]]
+
 
 def tokenizer_baseline(
-    items_train: Iterable[tuple[str, np.ndarray]],
-    items_test: Iterable[tuple[str, np.ndarray]],
+    items_train: Items,
+    items_test: Items,
     num_codes: int = 8192,
     patch_length: int = 20,
     tokens_per_window: int = 128,
@@ -69,13 +72,7 @@ def tokenizer_baseline(
         If there are no windows or the token count does not fit the patches.
     """
     start = time.monotonic()
-    train = [(str(name), np.asarray(w, np.float32)) for name, w in items_train if len(w)]
-    test = [(str(name), np.asarray(w, np.float32)) for name, w in items_test if len(w)]
-    if not train or not test:
-        raise EvaluationError(
-            f"The tokenizer baseline needs windows of both parts; found {len(train)} training and "
-            f"{len(test)} held-out scans with a window."
-        )
+    train, test = _with_windows(items_train, items_test)
     window, regions = train[0][1].shape[1:]
     patches = window // patch_length
     if window % patch_length or tokens_per_window % patches:
@@ -85,64 +82,19 @@ def tokenizer_baseline(
             "number of tokens."
         )
     num_components = min(tokens_per_window // patches, regions)
-
     covariance = np.zeros((regions, regions))
     for _, windows in train:
         flat = windows.reshape(-1, regions)
         covariance += flat.T @ flat
     eigenvalues, eigenvectors = np.linalg.eigh(covariance)
     basis = eigenvectors[:, ::-1][:, :num_components].astype(np.float32)  # (regions, components)
-
-    def to_patches(windows: np.ndarray, first: int = 0) -> np.ndarray:
-        """(windows, window, regions) -> (windows * patches * components, patch_length).
-
-        Cut from sample `first` on; what does not fill a patch is dropped.
-        """
-        fitting = (windows.shape[1] - first) // patch_length
-        courses = (windows[:, first : first + fitting * patch_length] @ basis).reshape(
-            len(windows), fitting, patch_length, num_components
-        )
-        return courses.transpose(0, 1, 3, 2).reshape(-1, patch_length)
-
     generator = np.random.default_rng(seed)
-    # A patch may start anywhere: shifted training patches are as good as the aligned ones, and a
-    # large codebook needs many.
-    shifts = range(0, patch_length, max(1, patch_length // 10))
-    rows = np.concatenate([to_patches(w, first) for _, w in train for first in shifts])
-    if len(rows) > max_patches:
-        rows = rows[generator.choice(len(rows), max_patches, replace=False)]
-    # One bit of the code is the sign, the others number a centre.
-    num_centres = max(1, min(num_codes // 2, len(rows) // 4))
-    centres = k_means(rows, num_centres, iterations, generator)
-
-    def rebuild(name: str, windows: np.ndarray) -> SimpleNamespace:
-        index, sign = nearest_centre(to_patches(windows), centres)
-        codes = 2 * index + (sign < 0)
-        courses = (sign[:, None] * centres[index]).reshape(
-            len(windows), patches, num_components, patch_length
-        )
-        courses = courses.transpose(0, 1, 3, 2).reshape(len(windows) * window, num_components)
-        return SimpleNamespace(
-            subject_id=name,
-            raw=windows.reshape(-1, regions),
-            reconstruction=courses @ basis.T,
-            region_mask=np.ones(regions, bool),
-            codes=codes.reshape(len(windows), patches * num_components),
-        )
-
-    scores = ReconstructionScores(2 * num_centres, window_seconds, patches * num_components)
-    for name, windows in train:
-        scores.add_training(rebuild(name, windows))
-    for name, windows in test:
-        scores.add(rebuild(name, windows))
+    rows = _training_patches(train, basis, patch_length, max_patches, generator)
+    centres = k_means(rows, _num_centres(num_codes, rows), iterations, generator)
     return {
         "system": f"spatial PCA {num_components} + k-means",
-        **scores.results(groups=groups),
-        "gaussian_reference_r2": gaussian_reference(
-            (windows for _, windows in train), scores.tokens_per_window * np.log2(scores.num_codes)
-        ),
+        **_score(train, test, basis, centres, window_seconds, groups),
         "num_components": num_components,
-        "patch_length": patch_length,
         "variance_of_components": float(
             eigenvalues[::-1][:num_components].sum() / eigenvalues.sum()
         ),
@@ -150,10 +102,152 @@ def tokenizer_baseline(
     }
 
 
+def region_patch_baseline(
+    items_train: Items,
+    items_test: Items,
+    num_codes: int = 8192,
+    patch_length: int = 20,
+    window_seconds: float = 160.0,
+    iterations: int = 6,
+    max_patches: int = 700_000,
+    seed: int = 0,
+    groups: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Fit k-means on patches of single regions and score it on held-out windows.
+
+    A window becomes `regions * window / patch_length` tokens. Parameters, results and errors are
+    those of `tokenizer_baseline`, without what belongs to its components.
+    """
+    start = time.monotonic()
+    train, test = _with_windows(items_train, items_test)
+    window, regions = train[0][1].shape[1:]
+    if window % patch_length:
+        raise EvaluationError(
+            f"A window of {window} samples cannot be cut into patches of {patch_length}: the patch "
+            "must divide the window."
+        )
+    generator = np.random.default_rng(seed)
+    basis = np.eye(regions, dtype=np.float32)
+    rows = _training_patches(train, basis, patch_length, max_patches, generator)
+    centres = k_means(rows, _num_centres(num_codes, rows), iterations, generator)
+    return {
+        "system": "k-means on region patches",
+        **_score(train, test, basis, centres, window_seconds, groups),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def _with_windows(items_train: Items, items_test: Items) -> tuple[list, list]:
+    """Both parts as lists, without the scans that are shorter than a window."""
+    train = [(str(name), np.asarray(w, np.float32)) for name, w in items_train if len(w)]
+    test = [(str(name), np.asarray(w, np.float32)) for name, w in items_test if len(w)]
+    if not train or not test:
+        raise EvaluationError(
+            f"The tokenizer baseline needs windows of both parts; found {len(train)} training and "
+            f"{len(test)} held-out scans with a window."
+        )
+    return train, test
+
+
+def _to_patches(
+    windows: np.ndarray, basis: np.ndarray, patch_length: int, first: int = 0
+) -> np.ndarray:
+    """(windows, window, regions) -> (windows * patches * courses, patch_length).
+
+    Cut from sample `first` on; what does not fill a patch is dropped.
+    """
+    fitting = (windows.shape[1] - first) // patch_length
+    courses = (windows[:, first : first + fitting * patch_length] @ basis).reshape(
+        len(windows), fitting, patch_length, basis.shape[1]
+    )
+    return courses.transpose(0, 1, 3, 2).reshape(-1, patch_length)
+
+
+def _training_patches(
+    train: list[tuple[str, np.ndarray]],
+    basis: np.ndarray,
+    patch_length: int,
+    max_patches: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """At most `max_patches` patches of the training windows, drawn at random, none of them flat.
+
+    A patch may start anywhere: shifted ones are as good as those that will be coded, and a large
+    codebook needs many.
+    """
+    shifts = range(0, patch_length, max(1, patch_length // 10))
+    window = train[0][1].shape[1]
+    num_windows = sum(len(windows) for _, windows in train)
+    total = num_windows * basis.shape[1] * sum((window - s) // patch_length for s in shifts)
+    share = min(1.0, 1.1 * max_patches / total)
+    parts = []
+    # Thinned scan by scan, so that a grid of 200 regions need not be held ten times over.
+    for _, windows in train:
+        for first in shifts:
+            rows = _to_patches(windows, basis, patch_length, first)
+            parts.append(rows[generator.random(len(rows)) < share] if share < 1 else rows)
+    patches = np.concatenate(parts)
+    patches = patches[patches.any(axis=1)]
+    if len(patches) > max_patches:
+        patches = patches[generator.choice(len(patches), max_patches, replace=False)]
+    return patches
+
+
+def _num_centres(num_codes: int, rows: np.ndarray) -> int:
+    """One bit of a code is the sign, the others number a centre; two patches a code at least."""
+    return max(1, min(num_codes // 2, len(rows) // 4))
+
+
+def _score(
+    train: list[tuple[str, np.ndarray]],
+    test: list[tuple[str, np.ndarray]],
+    basis: np.ndarray,
+    centres: np.ndarray,
+    window_seconds: float,
+    groups: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """Code and decode all scans, and score them by the lines that score a codec."""
+    window, regions = train[0][1].shape[1:]
+    patch_length = centres.shape[1]
+    patches, courses = window // patch_length, basis.shape[1]
+
+    def rebuild(name: str, windows: np.ndarray) -> SimpleNamespace:
+        index, sign = nearest_centre(_to_patches(windows, basis, patch_length), centres)
+        codes = 2 * index + (sign < 0)
+        decoded = (sign[:, None] * centres[index]).reshape(
+            len(windows), patches, courses, patch_length
+        )
+        decoded = decoded.transpose(0, 1, 3, 2).reshape(len(windows) * window, courses)
+        return SimpleNamespace(
+            subject_id=name,
+            raw=windows.reshape(-1, regions),
+            reconstruction=decoded @ basis.T,
+            region_mask=np.ones(regions, bool),
+            codes=codes.reshape(len(windows), patches * courses),
+        )
+
+    scores = ReconstructionScores(2 * len(centres), window_seconds, patches * courses)
+    for name, windows in train:
+        scores.add_training(rebuild(name, windows))
+    for name, windows in test:
+        scores.add(rebuild(name, windows))
+    bits_per_window = scores.tokens_per_window * np.log2(scores.num_codes)
+    return {
+        **scores.results(groups=groups),
+        "gaussian_reference_r2": gaussian_reference(
+            (windows for _, windows in train), bits_per_window
+        ),
+        "patch_length": patch_length,
+    }
+
+
 def nearest_centre(
-    rows: np.ndarray, centres: np.ndarray, chunk: int = 4096
+    rows: np.ndarray, centres: np.ndarray, chunk: int = 128
 ) -> tuple[np.ndarray, np.ndarray]:
     """Nearest of the centres and their negatives (Euclidean) for each row, in chunks of rows.
+
+    NOTE: chunks are small so that the products stay in the processor's cache; with 4096 centres
+    that is 4 times as fast as chunks of 4096 rows.
 
     Returns
     -------
@@ -166,7 +260,9 @@ def nearest_centre(
     for start in range(0, len(rows), chunk):
         # |row|^2 is the same for all centres: the largest |<row, c>| - |c|^2/2 is the nearest.
         product = rows[start : start + chunk] @ centres.T
-        best = (np.abs(product) - half_norm).argmax(axis=1)
+        closeness = np.abs(product)
+        closeness -= half_norm
+        best = closeness.argmax(axis=1)
         index[start : start + chunk] = best
         sign[start : start + chunk] = np.where(product[np.arange(len(best)), best] < 0, -1.0, 1.0)
     return index, sign

@@ -7,8 +7,10 @@ from cortexicon.evaluation import (
     EvaluationError,
     ReconstructionScores,
     evaluate_reconstruction,
+    region_patch_baseline,
     tokenizer_baseline,
 )
+from cortexicon.evaluation.patch_kmeans import k_means, nearest_centre
 
 
 def test_perfect_and_mean_reconstructions(make_scan):
@@ -155,3 +157,40 @@ def test_tokenizer_baseline_on_noise_explains_next_to_nothing_and_refuses_a_misf
         tokenizer_baseline(noise[:4], noise[4:], patch_length=21)
     with pytest.raises(EvaluationError, match="0 held-out"):
         tokenizer_baseline(noise, [("x", np.zeros((0, 80, 30)))])
+
+
+def test_region_patches_spend_a_token_for_each_region_and_patch():
+    train = [(f"t{i}", windows_of(i)) for i in range(8)]
+    test = [(f"h{i}", windows_of(100 + i)) for i in range(3)]
+    found = region_patch_baseline(train, test, num_codes=32, iterations=10)
+    assert found["r2"] > 0.98  # four amplitudes of one shape, either sign, and the flat region
+    assert found["tokens_per_window"] == 4 * 5
+    assert found["codebook"]["num_codes"] == 32
+    assert found["connectivity"]["deviation"] > 0.9
+    halves = region_patch_baseline(train, test, num_codes=32, patch_length=10, iterations=10)
+    assert halves["tokens_per_window"] == 8 * 5
+    assert halves["bits_per_second"] == 2 * found["bits_per_second"]
+    with pytest.raises(EvaluationError, match="80 samples cannot be cut into patches of 21"):
+        region_patch_baseline(train, test, patch_length=21)
+
+
+def test_more_codes_and_shorter_patches_rebuild_noise_better():
+    generator = np.random.default_rng(0)
+    noise = [(str(i), generator.normal(size=(6, 40, 8)).astype(np.float32)) for i in range(12)]
+    r2 = {
+        (codes, patch): region_patch_baseline(
+            noise[:9], noise[9:], codes, patch, window_seconds=80.0, iterations=5
+        )["r2"]
+        for codes, patch in ((16, 5), (128, 5), (128, 2))
+    }
+    assert 0 < r2[16, 5] < r2[128, 5] < r2[128, 2] < 1
+
+
+def test_the_nearest_centre_or_its_negative_is_found_in_every_chunk():
+    generator = np.random.default_rng(0)
+    rows = generator.normal(size=(500, 6)).astype(np.float32)
+    centres = k_means(rows, 20, 3, generator)
+    both = np.concatenate([centres, -centres])
+    distance = ((rows[:, None] - both) ** 2).sum(2)
+    index, sign = nearest_centre(rows, centres, chunk=37)
+    np.testing.assert_array_equal(index + 20 * (sign < 0), distance.argmin(1))
