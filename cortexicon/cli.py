@@ -212,6 +212,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
     command.set_defaults(run=_cross_atlas)
 
+    command = commands.add_parser(
+        "cross-atlas", help="encode one parcellation, decode another, against plain ways there"
+    )
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    command.add_argument("source", metavar="SOURCE", type=Path, help="cohort to encode")
+    command.add_argument("target", metavar="TARGET", type=Path, help="same scans, another atlas")
+    command.add_argument("--split", type=Path, required=True, help="split file of SOURCE")
+    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
+    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
+    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    command.set_defaults(run=_cross_atlas)
+
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
     command.set_defaults(run=_report)
@@ -438,6 +450,23 @@ def _report(arguments: argparse.Namespace) -> None:
         print(f"card    -> {card}")
     print(f"report  -> {arguments.folder / 'report.html'}")
     print(f"results -> {arguments.folder / 'results.json'}")
+
+
+def _cross_atlas(arguments: argparse.Namespace) -> None:
+    from cortexicon._cross_atlas import evaluate_cross_atlas
+    from cortexicon.cohorts import load_cohort
+    from cortexicon.inference import load_checkpoint
+
+    source = load_cohort(arguments.source)
+    evaluate_cross_atlas(
+        load_checkpoint(arguments.checkpoint),
+        source,
+        load_cohort(arguments.target),
+        _fold_parts(arguments, source),
+        arguments.json,
+        arguments.batch_size,
+    )
+    print(f"scores -> {arguments.json}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

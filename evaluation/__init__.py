@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from .baselines import run_baselines
     from .clinical import score_clinical
     from .code_geometry import geometry
+    from .cross_atlas import CrossAtlas, ScanPair
     from .errors import EvaluationError
     from .json_files import write_json
+    from .paired_r2 import PairedR2
     from .patch_kmeans import region_patch_baseline, tokenizer_baseline
     from .predictions import read_predictions, write_predictions
     from .probes import control_rows, gap_closed, probe_alignment
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
     from .results import collect_results
 
 _HOME = {
+    "CrossAtlas": "cross_atlas",
     "EvaluationError": "errors",
+    "PairedR2": "paired_r2",
     "ReconstructionScores": "reconstruction",
+    "ScanPair": "cross_atlas",
     "collect_results": "results",
     "control_rows": "probes",
     "evaluate_reconstruction": "reconstruction",
@@ -43,8 +48,11 @@ _HOME = {
 }
 
 __all__ = [
+    "CrossAtlas",
     "EvaluationError",
+    "PairedR2",
     "ReconstructionScores",
+    "ScanPair",
     "collect_results",
     "control_rows",
     "evaluate_reconstruction",
