@@ -1,6 +1,8 @@
 # make demo    the whole path on a simulated cohort; COHORT=FOLDER runs it on your own tables
 # make test    the tests (make test-slow: those marked slow)
 # make lint    ruff and mypy
+# make ablations         the cells of training/configs/ablations that have no result yet (JOBS= at once)
+# make ablations-report  their tables in evaluation/RESULTS.md
 # PYTHON=      the interpreter that creates .venv when there is none
 
 PYTHON ?= python3
@@ -36,7 +38,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n '1,4p' Makefile | sed 's/^# //'
+	@sed -n '1,6p' Makefile | sed 's/^# //'
 
 install: $(STAMP)
 
@@ -64,6 +66,16 @@ endif
 	$(CLI) report $(RUN)
 	@echo "report   $(RUN)/report.html"
 	@echo "results  $(RUN)/results.json"
+
+.PHONY: ablations ablations-report
+CELLS ?= $(wildcard training/configs/ablations/*.yaml)
+JOBS ?= 1
+
+ablations: $(STAMP)
+	$(CLI) ablate $(CELLS) --jobs $(JOBS) $(if $(strip $(COHORT)),--cohort $(COHORT))
+
+ablations-report: $(STAMP)
+	$(CLI) ablate $(CELLS) --report
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

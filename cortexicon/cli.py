@@ -128,6 +128,22 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     command.set_defaults(run=_train)
 
+    command = commands.add_parser("ablate", help="train and score the cells of an ablation")
+    command.add_argument("cells", metavar="CELLS", nargs="+", help="YAML file of cells")
+    command.add_argument("--only", metavar="NAME", nargs="+", default=None, help="these cells")
+    command.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    command.add_argument("--retry-failed", action="store_true", help="run failed cells again")
+    command.add_argument("--list", action="store_true", help="show the cells and run nothing")
+    command.add_argument("--report", action="store_true", help="write the tables, run nothing")
+    command.add_argument(
+        "--document", type=Path, default=Path("evaluation/RESULTS.md"), help="for the tables"
+    )
+    command.add_argument("--cohort", type=Path, default=Path("../shared/data/abide1_cc200"))
+    command.add_argument("--text-model", type=Path, default=None, help="default: RUNS/text")
+    command.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="run folders")
+    command.add_argument("--results", type=Path, default=Path("results"), help="folder of scores")
+    command.set_defaults(run=_ablate)
+
     command = commands.add_parser("encode", help="cohort to codes")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
     command.add_argument("cohort", metavar="COHORT", type=Path)
@@ -212,17 +228,42 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
     command.set_defaults(run=_cross_atlas)
 
-    command = commands.add_parser(
-        "cross-atlas", help="encode one parcellation, decode another, against plain ways there"
-    )
+    command = commands.add_parser("alignment", help="can fresh probes tell codes from text?")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("source", metavar="SOURCE", type=Path, help="cohort to encode")
-    command.add_argument("target", metavar="TARGET", type=Path, help="same scans, another atlas")
-    command.add_argument("--split", type=Path, required=True, help="split file of SOURCE")
+    command.add_argument("text_model", metavar="TEXT_MODEL", help="its language model")
+    command.add_argument("cohort", metavar="COHORT", type=Path)
+    command.add_argument("--split", type=Path, required=True, help="split file")
     command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
+    command.add_argument("--json", type=Path, required=True, help="file of the table to write")
+    command.add_argument("--off", type=Path, default=None, help="checkpoint without the adversary")
+    command.add_argument(
+        "--unreversed",
+        type=Path,
+        default=None,
+        help="checkpoint with the classifier on and its gradient not reversed",
+    )
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    command.set_defaults(run=_cross_atlas)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_alignment)
+
+    command = commands.add_parser("align", help="fit a codec to another language model")
+    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+    command.add_argument("language_model", metavar="LM", help="folder or Hub id")
+    command.add_argument("--cohort", type=Path, required=True)
+    command.add_argument("--split", type=Path, required=True, help="split file")
+    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
+    command.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
+    command.add_argument(
+        "--text-files",
+        nargs="+",
+        default=[],
+        help="text to count the language model's tokens in, where it brings no counts",
+    )
+    command.add_argument("--max-steps", type=int, default=300)
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--cpu", action="store_true", help="leave the accelerator alone")
+    command.add_argument("--resume", action="store_true", help="go on from the last state")
+    command.set_defaults(run=_align)
 
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
@@ -319,6 +360,25 @@ def _train(arguments: argparse.Namespace) -> int:
     script = importlib.import_module(f"cortexicon.training.{arguments.what}")
     resume = ["resume=true"] if arguments.resume else []
     return int(script.main([arguments.config, *arguments.overrides, *resume]))
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from cortexicon.training import ablation_tables, ablations
+
+    files = [ablations.read_cells(path) for path in arguments.cells]
+    if arguments.report:
+        missing = ablation_tables.write_tables(files, arguments.results, arguments.document)
+        print(f"tables -> {arguments.document} ({missing} runs have no result)")
+        return 0
+    cells = ablations.choose(files, arguments.only)
+    data = ablations.prepare_data(arguments.cohort, arguments.runs, arguments.text_model)
+    if arguments.list:
+        ablations.show(cells, data, arguments.results)
+        return 0
+    without = ablations.run_cells(
+        cells, data, arguments.runs, arguments.results, arguments.jobs, arguments.retry_failed
+    )
+    return 1 if without else 0
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -440,6 +500,44 @@ def _cross_atlas(arguments: argparse.Namespace) -> None:
     print(f"scores -> {arguments.json}")
 
 
+def _alignment(arguments: argparse.Namespace) -> None:
+    from cortexicon._alignment import evaluate_alignment
+    from cortexicon.cohorts import load_cohort
+
+    cohort = load_cohort(arguments.cohort)
+    checkpoints = {
+        "codes": arguments.checkpoint,
+        "adversary_off": arguments.off,
+        "not_reversed": arguments.unreversed,
+    }
+    evaluate_alignment(
+        {name: folder for name, folder in checkpoints.items() if folder is not None},
+        arguments.text_model,
+        cohort,
+        _fold_parts(arguments, cohort),
+        arguments.json,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    print(f"table  -> {arguments.json}")
+    print(f"figure -> {arguments.json.with_suffix('.png')}")
+
+
+def _align(arguments: argparse.Namespace) -> int:
+    from cortexicon.training.align import AlignArguments, align
+
+    names = ("fold", "text_files", "max_steps", "seed", "cpu", "resume", "language_model")
+    return align(
+        AlignArguments(
+            output=str(arguments.out),
+            checkpoint=str(arguments.checkpoint),
+            cohort=str(arguments.cohort),
+            split=str(arguments.split),
+            **{name: getattr(arguments, name) for name in names},
+        )
+    )
+
+
 def _report(arguments: argparse.Namespace) -> None:
     from cortexicon._cards import write_cards
     from cortexicon.evaluation import collect_results, write_report
@@ -450,23 +548,6 @@ def _report(arguments: argparse.Namespace) -> None:
         print(f"card    -> {card}")
     print(f"report  -> {arguments.folder / 'report.html'}")
     print(f"results -> {arguments.folder / 'results.json'}")
-
-
-def _cross_atlas(arguments: argparse.Namespace) -> None:
-    from cortexicon._cross_atlas import evaluate_cross_atlas
-    from cortexicon.cohorts import load_cohort
-    from cortexicon.inference import load_checkpoint
-
-    source = load_cohort(arguments.source)
-    evaluate_cross_atlas(
-        load_checkpoint(arguments.checkpoint),
-        source,
-        load_cohort(arguments.target),
-        _fold_parts(arguments, source),
-        arguments.json,
-        arguments.batch_size,
-    )
-    print(f"scores -> {arguments.json}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
