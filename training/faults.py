@@ -335,6 +335,7 @@ class StepGuard:
         self, loss: torch.Tensor, gradient: torch.Tensor, optimizer: torch.optim.Optimizer
     ) -> None:
         """Accept the try, or drop its gradients where loss or gradient norm are not finite."""
+        loss, gradient = loss.detach(), gradient.detach()
         finite = bool(torch.isfinite(loss) & torch.isfinite(gradient))
         verdict = torch.cat([torch.tensor([not finite], dtype=torch.uint8), self._bad])
         verdict = of_all_processes(self.accelerator, verdict).bool()
