@@ -197,7 +197,8 @@ def score(arguments: avq.AVQArguments, folder: Path, probe: bool) -> dict[str, A
     record = {
         "validation": {
             **{key: chosen_by[key] for key in SUMMARY},
-            "r2_all": chosen_by["r2"],
+            "r2_all": chosen_by["r2"],  # of `num_subjects_all`, as all but R2 is
+            "num_subjects_all": chosen_by["num_subjects"],
             **chosen_by.get("r2_by_group", {}).get(NATIVE, {}),
         },
         "test": {key: value for key, value in test.results().items() if key in SUMMARY},
