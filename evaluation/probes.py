@@ -19,6 +19,7 @@ from .errors import EvaluationError
 
 PROBES = ("logistic", "quadratic", "mlp")
 MIN_TEXT_COUNT = 5  # a type that occurs less often has hardly been trained
+MIN_ROWS = 20
 CAP = 0.005  # no type gets more of a domain's mass
 TRAIN, STOP, TEST = 0, 1, 2
 SHARES = (0.4, 0.2, 0.4)  # of types: two equal halves, and a third part for early stopping
@@ -101,7 +102,7 @@ def probe_alignment(
     EvaluationError
         Widths or lengths that do not agree, values that are not finite, or too few rows.
     """
-    text, text_share = _text_types(text_table, text_counts)
+    text, text_share = text_types(text_table, text_counts)
     rows, counts = finite_rows(code_rows, "code_rows"), as_numpy(code_counts)
     if len(rows) != len(counts) or rows.shape[1] != text.shape[1]:
         raise EvaluationError(
@@ -143,7 +144,7 @@ def control_rows(
     EvaluationError
         As `probe_alignment`.
     """
-    text, share = _text_types(text_table, text_counts)
+    text, share = text_types(text_table, text_counts)
     code_share = capped_share(as_numpy(code_counts)[_used_codes(code_counts)])
     codes = len(code_share)
 
@@ -363,7 +364,7 @@ def finite_rows(values: Any, name: str) -> torch.Tensor:
     return rows
 
 
-def _text_types(table: Any, counts: Any) -> tuple[torch.Tensor, np.ndarray]:
+def text_types(table: Any, counts: Any) -> tuple[torch.Tensor, np.ndarray]:
     """Rows and capped shares of the types that occur often enough."""
     rows, numbers = finite_rows(table, "text_table"), as_numpy(counts)
     if len(rows) != len(numbers):
@@ -372,9 +373,9 @@ def _text_types(table: Any, counts: Any) -> tuple[torch.Tensor, np.ndarray]:
             f"{len(numbers)}. Are both of one language model?"
         )
     kept = np.flatnonzero(numbers >= MIN_TEXT_COUNT)
-    if len(kept) < 50:
+    if len(kept) < MIN_ROWS:
         raise EvaluationError(
-            f"Probes need at least 50 text types with {MIN_TEXT_COUNT} occurrences, found "
+            f"Probes need at least {MIN_ROWS} text types with {MIN_TEXT_COUNT} occurrences, found "
             f"{len(kept)}. Count the tokens of more text."
         )
     return rows[torch.from_numpy(kept)], capped_share(numbers[kept])
@@ -383,8 +384,8 @@ def _text_types(table: Any, counts: Any) -> tuple[torch.Tensor, np.ndarray]:
 def _used_codes(counts: Any) -> np.ndarray:
     """Indices of the codes that occur."""
     used = np.flatnonzero(as_numpy(counts) > 0)
-    if len(used) < 50:
+    if len(used) < MIN_ROWS:
         raise EvaluationError(
-            f"Probes need at least 50 used codes, found {len(used)}. Encode more scans."
+            f"Probes need at least {MIN_ROWS} used codes, found {len(used)}. Encode more scans."
         )
     return used

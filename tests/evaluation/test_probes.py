@@ -144,7 +144,7 @@ def test_share_of_the_gap_that_is_closed():
         (lambda c, n, t, m: (c, n[:9], t, m), "9 code_counts"),
         (lambda c, n, t, m: (c, n, t, m[:9]), "expected 1500, found 9"),
         (lambda c, n, t, m: (c, n * 0, t, m), "used codes, found 0"),
-        (lambda c, n, t, m: (c, n, t, m * 0), "50 text types"),
+        (lambda c, n, t, m: (c, n, t, m * 0), "20 text types"),
         (lambda c, n, t, m: (c * float("nan"), n, t, m), "code_rows must hold finite rows"),
     ],
 )
