@@ -265,6 +265,18 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the last state")
     command.set_defaults(run=_align)
 
+    command = commands.add_parser(
+        "left-out-sites", help="what a codec loses on scanners that it was not trained on"
+    )
+    command.add_argument("within", metavar="WITHIN", type=Path, help="codec trained on all sites")
+    command.add_argument(
+        "left_out", metavar="LEFT_OUT", type=Path, nargs="+", help="codecs trained without some"
+    )
+    command.add_argument("--cohort", type=Path, required=True, help="cohort of their training")
+    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
+    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+    command.set_defaults(run=_left_out_sites)
+
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
     command.set_defaults(run=_report)
@@ -536,6 +548,20 @@ def _align(arguments: argparse.Namespace) -> int:
             **{name: getattr(arguments, name) for name in names},
         )
     )
+
+
+def _left_out_sites(arguments: argparse.Namespace) -> None:
+    from cortexicon._left_out_sites import evaluate_left_out_sites
+    from cortexicon.cohorts import load_cohort
+
+    evaluate_left_out_sites(
+        arguments.within,
+        arguments.left_out,
+        load_cohort(arguments.cohort),
+        arguments.json,
+        arguments.batch_size,
+    )
+    print(f"scores -> {arguments.json}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
