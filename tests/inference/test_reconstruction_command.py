@@ -151,5 +151,8 @@ def test_the_published_table_is_found_again(real_signals):
         windows = [w for _, w in signal.train]
         found = [gaussian_reference(windows, 13 * count) for count in tokens]
         np.testing.assert_allclose(found, references, atol=0.01)
+    # The same tokenizer, fitted better than it was for the published table, never worse.
     for signal, r2 in ((unfiltered, 0.380), (filtered, 0.588)):
-        assert tokenizer_baseline(signal.train, signal.test)["r2"] == pytest.approx(r2, abs=0.01)
+        found = tokenizer_baseline(signal.train, signal.test)
+        assert r2 - 0.01 < found["r2"] < r2 + 0.04
+        assert found["r2"] < found["gaussian_reference_r2"]
