@@ -19,6 +19,7 @@ _FOREIGN_KEYS = {
     "output_attentions",
     "tie_word_embeddings",
     "torch_dtype",
+    "use_cache",
 }
 
 
@@ -75,6 +76,15 @@ class AVQConfig(PreTrainedConfig):
         Its labels in column order.
     region_coordinates : list of [x, y, z] or None
         Its centroids in mm, MNI; used by `encode` and `decode` when none are given.
+    code_gradient : {"straight_through", "rotation"}
+        How the gradient passes the codebook.
+    codebook_start_step : int or None
+        Training forwards without quantisation, after which the codebook starts by itself from a
+        batch of six scans or more; None: only `AVQModel.start_codebook` starts it.
+    moment_weight, energy_weight : float
+        Of the two critics of the alignment that need no training.
+    domain_gradient : {"both", "projection", "encoder", "none"}
+        What the gradient of the alignment reaches: P and the encoder, one of them, or neither.
     revival_threshold : float
         A code is revived when its EMA count falls below this share of the mean count.
 
@@ -113,6 +123,8 @@ class AVQConfig(PreTrainedConfig):
     ema_decay: float | int = 0.99
     revival_threshold: float | int = 0.1
     revival_interval: int = 20
+    code_gradient: str = "straight_through"
+    codebook_start_step: int | None = 200
     # text space and adversary
     text_width: int = 256
     text_model_id: str | None = None
@@ -124,6 +136,9 @@ class AVQConfig(PreTrainedConfig):
     spectrum_weight: float | int = 0.0
     connectivity_weight: float | int = 0.0
     domain_weight: float | int = 0.05
+    moment_weight: float | int = 0.0
+    energy_weight: float | int = 0.0
+    domain_gradient: str = "both"
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -155,7 +170,10 @@ class AVQConfig(PreTrainedConfig):
                 raise ConfigurationError(
                     f"AVQConfig.{name} must be an integer >= 1, found {value!r}."
                 )
-        for name in ("num_connectivity_codes", "encoder_layers", "decoder_layers"):
+        counts = ["num_connectivity_codes", "encoder_layers", "decoder_layers"]
+        if self.codebook_start_step is not None:
+            counts.append("codebook_start_step")
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigurationError(
@@ -166,6 +184,8 @@ class AVQConfig(PreTrainedConfig):
             "spectrum_weight",
             "connectivity_weight",
             "domain_weight",
+            "moment_weight",
+            "energy_weight",
             "revival_threshold",
         ):
             self._check_number(name, 0.0, math.inf)
@@ -188,6 +208,17 @@ class AVQConfig(PreTrainedConfig):
         if self.token_layout not in ("latent", "grid"):
             raise ConfigurationError(
                 f"AVQConfig.token_layout must be 'latent' or 'grid', found {self.token_layout!r}."
+            )
+        if self.code_gradient not in ("straight_through", "rotation"):
+            raise ConfigurationError(
+                "AVQConfig.code_gradient must be 'straight_through' or 'rotation', found "
+                f"{self.code_gradient!r}."
+            )
+        reached = ("both", "projection", "encoder", "none")
+        if self.domain_gradient not in reached:
+            raise ConfigurationError(
+                f"AVQConfig.domain_gradient must be one of {', '.join(reached)}, found "
+                f"{self.domain_gradient!r}."
             )
         self._check_regions()
 

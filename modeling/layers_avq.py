@@ -170,6 +170,15 @@ class TextProjection(nn.Module):
             mapped = self.linear(x) + self.down(F.gelu(self.up(x)))
             return self.text_mean + self.text_scale * mapped
 
+    @torch.no_grad()
+    def start_at(self, mean, axes):
+        """Begin at the text's mean (width,) and along its leading `axes` (width, axes)."""
+        count = min(self.linear.in_features, axes.shape[1])
+        # Codes are spread evenly, with variance 1 a direction: any turn of them will do.
+        turn = torch.linalg.qr(self.linear.weight[:count].T)[0].T  # (count, code_dim)
+        self.linear.weight.copy_(axes[:, :count] @ turn)
+        self.linear.bias.copy_(mean)
+
     def standardize(self, embeddings):
         """Embeddings (..., text_width) in units of the text table's SD around its mean."""
         return (embeddings - self.text_mean) / self.text_scale
@@ -191,3 +200,37 @@ class DomainClassifier(nn.Module):
 
     def forward(self, embeddings):
         return self.layers(embeddings.to(self.layers[0].weight.dtype))[..., 0].float()
+
+
+class TextMoments(nn.Module):
+    """Mean and covariance of real text, for critics that need no training.
+
+    Rows are whitened by the text's own covariance, so that its many small directions count as much
+    as the few large ones.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.text_width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("whitening", torch.zeros(width, width))
+        self.register_buffer("covariance", torch.zeros(width, width))  # of whitened text
+
+    @torch.no_grad()
+    def fit(self, rows, share):
+        """Take the moments of `rows` (types, width) under `share` (types,), which sums to 1."""
+        rows, share = rows.double(), share.double().to(rows.device)
+        mean = share @ rows
+        variances, axes = torch.linalg.eigh((rows - mean).T @ ((rows - mean) * share[:, None]))
+        # A floor: directions that text hardly uses would otherwise be blown up.
+        floored = variances.clamp(min=1e-3 * float(variances.max()))
+        self.mean.copy_(mean)
+        self.whitening.copy_((axes / floored.sqrt()) @ axes.T)
+        self.covariance.copy_((axes * (variances / floored)) @ axes.T)
+        # The axes at their SDs in columns (width, width), leading ones first.
+        return (axes * floored.sqrt()).flip(1).float()
+
+    def forward(self, rows):
+        """Rows (rows, width), whitened."""
+        with torch.autocast(rows.device.type, enabled=False):
+            return (rows.float() - self.mean) @ self.whitening

@@ -63,6 +63,40 @@ def connectivity_loss(reconstruction, target, mask):
     return (difference.square() * pairs).sum() / pairs.sum().clamp(min=1)
 
 
+def moment_loss(code_rows, text_covariance):
+    """Squared distance of the codes' mean and covariance from the text's; scalar.
+
+    `code_rows` (rows, width) are whitened as text is, around its mean; `text_covariance` (width,
+    width) is what whitening left of the text's. Source: Sun & Saenko 2016 (deep CORAL), with the
+    mean, and against the exact moments of text, as those of a batch would only add noise.
+    """
+    mean = code_rows.mean(0)
+    centred = code_rows - mean
+    difference = centred.T @ centred / len(code_rows) - text_covariance
+    return mean.square().mean() + difference.square().sum() / code_rows.shape[1]
+
+
+def energy_loss(code_rows, text_rows):
+    """Energy distance between two clouds of rows (rows, width), by sqrt(width); scalar.
+
+    2 E|x - y| - E|x - x'| - E|y - y'|: zero only where the distributions agree, so it is a critic
+    that no training can starve. Source: Szekely & Rizzo 2013.
+    """
+
+    def mean_distance(first, second):
+        return torch.cdist(first, second).clamp(min=1e-6).mean()
+
+    distance = 2 * mean_distance(code_rows, text_rows) - mean_distance(code_rows, code_rows)
+    return (distance - mean_distance(text_rows, text_rows)) / code_rows.shape[1] ** 0.5
+
+
+def thin(rows, count):
+    """`count` rows spread evenly over `rows`."""
+    if len(rows) <= count:
+        return rows
+    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
+
+
 def domain_loss(code_logits, text_logits):
     """Binary cross entropy of the domain classifier (text = 1), each side weighing one half.
 

@@ -1,6 +1,5 @@
 """The AVQ autoencoder: fMRI windows to codes and back, through a language model's text space."""
 
-import hashlib
 import math
 from typing import ClassVar
 
@@ -10,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from .alignment_avq import TextSpace, tensor_sha256
 from .configuration_avq import AVQConfig, ConfigurationError
 from .inputs_avq import checked_coordinates, whole_mask
 from .layers_avq import (
@@ -18,13 +18,12 @@ from .layers_avq import (
     LatentTransformer,
     RegionPositions,
     RegionsToLatents,
+    TextMoments,
     TextProjection,
 )
 from .losses_avq import (
     connectivity_loss,
-    domain_loss,
     reconstruction_loss,
-    reverse_gradient,
     spectrum_loss,
 )
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
@@ -45,6 +44,7 @@ class AVQPreTrainedModel(PreTrainedModel):
         "quantizer.code_sum",
         "quantizer.code_count",
         "projection",
+        "text_moments",
     ]
 
     @torch.no_grad()
@@ -71,13 +71,17 @@ class AVQPreTrainedModel(PreTrainedModel):
             init.zeros_(module.text_mean)
             init.ones_(module.text_scale)
             init.normal_(module.down.weight, std=0.1 / math.sqrt(module.down.in_features))
+        elif isinstance(module, TextMoments):
+            init.zeros_(module.mean)
+            init.eye_(module.whitening)
+            init.eye_(module.covariance)
         elif isinstance(module, AVQCodebook):
             for buffer in (module.codebook, module.code_sum, module.code_count, module.updates):
                 init.zeros_(buffer)
             init.zeros_(module.initialized)
 
 
-class AVQModel(AVQPreTrainedModel):
+class AVQModel(TextSpace, AVQPreTrainedModel):
     """Adversarial vector-quantised autoencoder of parcellated fMRI.
 
     Tricks used, one line each:
@@ -91,7 +95,8 @@ class AVQModel(AVQPreTrainedModel):
       alignment that costs information costs reconstruction, visibly;
     * a domain classifier with gradient reversal (Ganin & Lempitsky 2015) pulls P(code) to where
       text embeddings lie; the reversed gradient reaches P and, straight through the codebook, the
-      encoder.
+      encoder; two critics in closed form (moments, energy distance) take the same way, because a
+      trained classifier that has won has no gradient left to reverse.
 
     Follows the codec models of transformers (DAC, Encodec, Mimi) in its methods: `encode`,
     `decode`, `forward`.
@@ -110,12 +115,15 @@ class AVQModel(AVQPreTrainedModel):
             config.ema_decay,
             config.revival_threshold,
             config.revival_interval,
+            config.code_gradient,
+            config.codebook_start_step,
         )
         self.projection = TextProjection(config)
         self.from_text = nn.Linear(config.text_width, width)
         self.decoder = LatentTransformer(config, config.decoder_layers)
         self.latents_to_regions = LatentsToRegions(config, patch)
         self.classifier = DomainClassifier(config)
+        self.text_moments = TextMoments(config)
         if config.token_layout == "grid":
             self.patch_to_code = nn.Linear(patch, config.code_dim)
             self.latents_to_code = LatentsToRegions(config, config.code_dim)
@@ -239,10 +247,16 @@ class AVQModel(AVQPreTrainedModel):
             parts["connectivity_loss"] = connectivity_loss(decoded, values, mask)
             loss = loss + config.connectivity_weight * parts["connectivity_loss"]
         if text_embeddings is not None:
-            parts["domain_loss"], parts["domain_accuracy"] = self.domain_loss(
-                text_embeds[token_mask], text_embeddings, reversal
+            alignment = self.alignment_losses(
+                self._seen_by_critics(quantized.quantized, text_embeds)[token_mask],
+                text_embeddings,
+                reversal,
             )
-            loss = loss + config.domain_weight * parts["domain_loss"]
+            for name in ("domain", "moment", "energy"):
+                if f"{name}_loss" in alignment:
+                    weight = getattr(config, f"{name}_weight")
+                    loss = loss + weight * alignment[f"{name}_loss"]
+            parts |= alignment
         return AVQOutput(
             loss=loss,
             reconstruction=decoded,
@@ -253,51 +267,21 @@ class AVQModel(AVQPreTrainedModel):
             **parts,
         )
 
-    def domain_loss(self, code_embeddings, text_embeddings, reversal: float = 1.0):
-        """Loss and accuracy of the classifier on P(codes) (codes, width) and text (tokens, width).
+    # ------------------------------------------------------------------ codebook
 
-        The larger side is thinned evenly so that both have the same number of rows.
+    @torch.no_grad()
+    def start_codebook(self, batches, seed: int = 0, vectors=None) -> None:
+        """k-means start from `batches`, keyword inputs of `encode`; ends alike on every process.
+
+        `vectors` (vectors, code_dim), where given, are clustered instead.
         """
-        rows = min(len(code_embeddings), len(text_embeddings))
-        code_embeddings, text_embeddings = (
-            _thin(code_embeddings, rows),
-            _thin(text_embeddings, rows),
-        )
-        reversed_codes = reverse_gradient(code_embeddings, reversal)
-        return domain_loss(
-            self.classifier(self.projection.standardize(reversed_codes)),
-            self.classifier(self.projection.standardize(text_embeddings.detach())),
-        )
-
-    # ------------------------------------------------------------------ text space and codebook
-
-    def project_codebook(self) -> torch.Tensor:
-        """P(codebook), float32 (num_codes, text_width): the LLM's rows of codes, bit for bit."""
-        return self.projection(self.quantizer.codebook)
-
-    @torch.no_grad()
-    def set_text_space(self, table: torch.Tensor, model_id: str | None = None) -> None:
-        """Take mean, scale and identity of the text domain from `table` (tokens, text_width)."""
-        if table.dim() != 2 or table.shape[1] != self.config.text_width:
-            raise ConfigurationError(
-                f"The text table must have text_width = {self.config.text_width} columns, found "
-                f"shape {tuple(table.shape)}. Set text_width in the config, or choose another "
-                "language model."
-            )
-        table = table.detach().float()
-        self.projection.text_mean.copy_(table.mean(0))
-        self.projection.text_scale.copy_((table - table.mean(0)).std())
-        self.config.text_model_id = model_id
-        self.config.text_table_sha256 = tensor_sha256(table)
-
-    @torch.no_grad()
-    def start_codebook(self, batches, seed: int = 0) -> None:
-        """k-means start from `batches`, keyword inputs of `encode`; ends alike on every process."""
-        vectors = []
-        for batch in batches:
-            latents, token_mask = self._encode(*self._prepare(**batch))
-            vectors.append(F.normalize(latents.float(), dim=-1)[token_mask])
-        self.quantizer.start(torch.cat(vectors), seed=seed)
+        if vectors is None:
+            parts = []
+            for batch in batches:
+                latents, token_mask = self._encode(*self._prepare(**batch))
+                parts.append(F.normalize(latents.float(), dim=-1)[token_mask])
+            vectors = torch.cat(parts)
+        self.quantizer.start(vectors, seed=seed)
 
     def codebook_fingerprint(self) -> str:
         """sha256 of codebook and projection, hex; travels with codes: no other decodes them."""
@@ -311,7 +295,9 @@ class AVQModel(AVQPreTrainedModel):
         if not bool(self.quantizer.initialized):
             raise ConfigurationError(
                 "The codebook of this AVQModel was never started, so its codes mean nothing. Train "
-                "it first (`cortexicon train avq CONFIG`) or load a trained checkpoint."
+                "it first (`cortexicon train avq CONFIG`, or a Trainer for more than "
+                f"codebook_start_step = {self.config.codebook_start_step} training forwards) or "
+                "load a trained checkpoint."
             )
 
     def _coordinates(self, coordinates, regions):
@@ -413,18 +399,6 @@ class AVQModel(AVQPreTrainedModel):
                 )
             patches = patches + own
         return patches.flatten(1, 2).float()
-
-
-def _thin(rows, count):
-    """`count` rows spread evenly over `rows`."""
-    if len(rows) == count:
-        return rows
-    return rows[torch.linspace(0, len(rows) - 1, count, device=rows.device).round().long()]
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """sha256 of a tensor's float32 bytes, hex."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 AVQConfig.register_for_auto_class()

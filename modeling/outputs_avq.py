@@ -46,6 +46,8 @@ class AVQOutput(ModelOutput):
         None where their weight is 0.
     domain_loss, domain_accuracy : float32 scalars
         None when no text embeddings were given.
+    moment_loss, energy_loss : float32 scalars
+        The critics in closed form; None where their weight is 0 or no text was given.
     reconstruction : float32, shape (batch, time, regions)
     codes : int64, shape (batch, tokens)
     text_embeds : float32, shape (batch, tokens, text_width)
@@ -62,5 +64,7 @@ class AVQOutput(ModelOutput):
     commitment_loss: torch.FloatTensor | None = None
     domain_loss: torch.FloatTensor | None = None
     domain_accuracy: torch.FloatTensor | None = None
+    moment_loss: torch.FloatTensor | None = None
+    energy_loss: torch.FloatTensor | None = None
     perplexity: torch.FloatTensor | None = None
     usage: torch.FloatTensor | None = None

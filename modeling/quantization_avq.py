@@ -6,6 +6,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# A code is the mean of this many vectors, each of another scan.
+NEIGHBOURS = 3
 
 
 class QuantizerOutput(NamedTuple):
@@ -34,6 +40,22 @@ def straight_through(continuous: torch.Tensor, quantized: torch.Tensor) -> torch
     Source: Bengio et al. 2013; van den Oord et al. 2017.
     """
     return continuous + (quantized - continuous).detach()
+
+
+def rotate(continuous: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    """Value of `quantized`; the gradient is turned by the rotation that takes one to the other.
+
+    Both (..., code_dim) of unit length. Where straight-through copies the gradient, this keeps its
+    angle to the code. Source: Fifty et al. 2024 (the rotation trick), here without their rescaling,
+    as both sides have length one.
+    """
+    with torch.no_grad():
+        middle = F.normalize(continuous + quantized, dim=-1)
+    start = continuous.detach()
+    along = (continuous * middle).sum(-1, keepdim=True) * middle
+    turned = continuous - 2 * along + 2 * (continuous * start).sum(-1, keepdim=True) * quantized
+    # The product equals `quantized` up to rounding; codes must be exact.
+    return turned + (quantized - turned).detach()
 
 
 def _world_size() -> int:
@@ -101,11 +123,25 @@ class AVQCodebook(nn.Module):
     2021, SoundStream), where a revived code is the mean of vectors of several scans, never one
     person's; counts and sums added over all processes; always float32.
 
+    It starts by `start`, or by itself at the first training forward after `start_step` of them:
+    each code then begins as a revived one does.
+
     All state that changes a decision (counts, sums, clock, started or not) is a persistent buffer.
     """
 
-    def __init__(self, num_codes, code_dim, ema_decay, revival_threshold, revival_interval):
+    def __init__(
+        self,
+        num_codes,
+        code_dim,
+        ema_decay,
+        revival_threshold,
+        revival_interval,
+        gradient="straight_through",
+        start_step=None,
+    ):
         super().__init__()
+        self.start_step = start_step
+        self.pass_gradient = rotate if gradient == "rotation" else straight_through
         self.ema_decay = float(ema_decay)
         self.revival_threshold = float(revival_threshold)
         self.revival_interval = int(revival_interval)
@@ -135,6 +171,11 @@ class AVQCodebook(nn.Module):
         not count. `update` defaults to whether the module is in training mode.
         """
         latents = F.normalize(latents.float(), dim=-1)  # (batch, tokens, code_dim)
+        if token_mask is None:
+            token_mask = torch.ones(latents.shape[:-1], dtype=torch.bool, device=latents.device)
+        update = self.training if update is None else update
+        if update and self.start_step is not None and not bool(self.initialized):
+            self._start_when_due(latents.detach(), token_mask)
         if not bool(self.initialized):
             # Before the k-means start training runs without quantisation, so that there is
             # something to cluster.
@@ -144,17 +185,15 @@ class AVQCodebook(nn.Module):
         codes = nearest_code(latents.flatten(0, -2), self.codebook).view(latents.shape[:-1])
         chosen = self.lookup(codes)
         error = (latents - chosen).square().sum(-1)  # (batch, tokens)
-        if token_mask is None:
-            token_mask = torch.ones_like(codes, dtype=torch.bool)
         commitment_loss = (error * token_mask).sum() / token_mask.sum().clamp(min=1)
         counts = torch.bincount(codes[token_mask], minlength=self.num_codes).float()
-        if self.training if update is None else update:
+        if update:
             with torch.no_grad():
                 counts = self._update(latents.detach(), codes, token_mask, counts)
         share = counts / counts.sum().clamp(min=1)
         perplexity = torch.exp(-(share * (share + 1e-10).log()).sum())
         return QuantizerOutput(
-            straight_through(latents, chosen), codes, commitment_loss, perplexity, self.usage()
+            self.pass_gradient(latents, chosen), codes, commitment_loss, perplexity, self.usage()
         )
 
     def usage(self) -> torch.Tensor:
@@ -175,6 +214,33 @@ class AVQCodebook(nn.Module):
         self.codebook.copy_(centres)
         self.code_count.fill_(1.0)
         self.code_sum.copy_(centres)
+        self.initialized.fill_(True)
+
+    @torch.no_grad()
+    def _start_when_due(self, latents, token_mask):
+        """Count the training forwards before the start; then place every code where data are.
+
+        Where a batch has fewer vectors than there are codes the others begin as copies that nothing
+        counts for, and the revivals to come move them to the data of later batches.
+        """
+        if int(self.updates) < self.start_step:
+            self.updates += 1
+            return
+        pool, owner, scans = _vectors_of_scans(latents, token_mask)
+        if scans < 2 * NEIGHBOURS:
+            logger.warning_once(
+                f"The codebook is due to start, but a batch holds {scans} scans; expected "
+                f"{2 * NEIGHBOURS} or more, so that no code is one person's vector. It waits for "
+                "such a batch: raise the batch size, or call AVQModel.start_codebook."
+            )
+            return
+        generator = torch.Generator().manual_seed(int(self.updates))
+        anchors = torch.randperm(len(pool), generator=generator)[: self.num_codes]
+        means = _means_over_scans(pool, owner, anchors.to(pool.device))
+        number = torch.arange(self.num_codes, device=means.device)
+        self.codebook.copy_(means[number % len(means)])
+        self.code_count.copy_((number < len(means)).float())
+        self.code_sum.copy_(self.codebook * self.code_count[:, None])
         self.initialized.fill_(True)
 
     def _update(self, latents, codes, token_mask, counts):
@@ -200,49 +266,57 @@ class AVQCodebook(nn.Module):
             self._revive(latents, token_mask)
         return counts
 
-    def _revive(self, latents, token_mask, neighbours: int = 3):
-        """Move dead codes to where data are.
-
-        A revived code is the mean of those vectors of other scans that are nearest to a random
-        anchor.
-        """
+    def _revive(self, latents, token_mask):
+        """Move dead codes to where data are, each to the mean of vectors of several scans."""
         mean = self.code_count.mean()
         dead = (self.code_count < self.revival_threshold * mean).nonzero()[:, 0]
-        scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(
-            latents.shape[:2]
-        )
-        # Masked tokens stay in the pool's shape (processes must agree on it) and are never chosen.
-        pool, owner = gather_rows(latents.flatten(0, 1)), gather_rows(scan.reshape(-1))
-        valid = gather_rows(token_mask.reshape(-1).to(torch.uint8)).bool()
-        per_process = latents.shape[0] * latents.shape[1]
-        owner = (
-            owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
-        )
-        # Scans without a valid token leave gaps; numbered anew, every group below holds two scans
-        # or more.
-        pool, (scans, owner) = pool[valid], owner[valid].unique(return_inverse=True)
-        if len(dead) == 0 or len(scans) < 2 * neighbours:
+        pool, owner, scans = _vectors_of_scans(latents, token_mask)
+        if len(dead) == 0 or scans < 2 * NEIGHBOURS:
             return
         generator = torch.Generator().manual_seed(int(self.updates))
         if len(dead) > len(pool):
             dead = dead[torch.randperm(len(dead), generator=generator)[: len(pool)].to(dead.device)]
         anchors = torch.randperm(len(pool), generator=generator)[: len(dead)].to(pool.device)
-        revived = torch.empty(len(dead), pool.shape[1], device=pool.device)
-        for part in torch.arange(len(dead), device=pool.device).split(1024):
-            anchor = anchors[part]
-            similarity = pool[anchor] @ pool.T  # (codes, pool)
-            similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
-            # One neighbour from each of several disjoint groups of scans: a mean over different
-            # people, always.
-            near = [
-                similarity.masked_fill(owner[None] % neighbours != group, -3.0).argmax(-1)
-                for group in range(neighbours)
-            ]
-            revived[part] = F.normalize(sum(pool[index] for index in near), dim=-1)
-        if _world_size() > 1:
-            dist.broadcast(revived, src=0)
+        revived = _means_over_scans(pool, owner, anchors)
         # Count and sum are reset together with the code: otherwise the next EMA step would undo the
         # revival.
         self.codebook[dead] = revived
         self.code_count[dead] = mean
         self.code_sum[dead] = revived * mean
+
+
+def _vectors_of_scans(latents, token_mask):
+    """All processes' valid vectors (vectors, code_dim), their scans, and how many scans."""
+    scan = torch.arange(latents.shape[0], device=latents.device)[:, None].expand(latents.shape[:2])
+    # Masked tokens stay in the pool's shape (processes must agree on it) and are never chosen.
+    pool, owner = gather_rows(latents.flatten(0, 1)), gather_rows(scan.reshape(-1))
+    valid = gather_rows(token_mask.reshape(-1).to(torch.uint8)).bool()
+    per_process = latents.shape[0] * latents.shape[1]
+    owner = owner + torch.arange(len(owner), device=owner.device) // per_process * latents.shape[0]
+    # Scans without a valid token leave gaps; numbered anew, every group below holds two scans or
+    # more.
+    pool, (scans, owner) = pool[valid], owner[valid].unique(return_inverse=True)
+    return pool, owner, len(scans)
+
+
+def _means_over_scans(pool, owner, anchors):
+    """Unit means (anchors, code_dim) of the vectors of other scans nearest to each anchor.
+
+    `pool` (vectors, code_dim) belongs to scans `owner` (vectors,); `anchors` are rows of it. The
+    same bits on every process.
+    """
+    means = torch.empty(len(anchors), pool.shape[1], device=pool.device)
+    for part in torch.arange(len(anchors), device=pool.device).split(1024):
+        anchor = anchors[part]
+        similarity = pool[anchor] @ pool.T  # (codes, pool)
+        similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
+        # One neighbour from each of several disjoint groups of scans: a mean over different
+        # people, always.
+        near = [
+            similarity.masked_fill(owner[None] % NEIGHBOURS != group, -3.0).argmax(-1)
+            for group in range(NEIGHBOURS)
+        ]
+        means[part] = F.normalize(sum(pool[index] for index in near), dim=-1)
+    if _world_size() > 1:
+        dist.broadcast(means, src=0)
+    return means

@@ -18,10 +18,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.modeling import AVQConfig, AVQModel
 from cortexicon.modeling.losses_avq import reversal_strength
+from cortexicon.modeling.outputs_avq import AVQOutput
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
 from .arguments import TrainingError, load_arguments
-from .atlases import AtlasScans, atlas_at, hash_of_all, prepare_atlases, refused_scans
+from .atlases import (
+    AtlasScans,
+    Turns,
+    hash_of_all,
+    paired_loss,
+    prepare_atlases,
+    refused_scans,
+)
 from .callbacks import (
     Run,
     TrainingLog,
@@ -33,6 +41,7 @@ from .callbacks import (
 from .collators import (
     PreparedScans,
     TextDomain,
+    augment,
     draw_windows,
     load_fold,
     whole_windows,
@@ -50,6 +59,7 @@ class AVQArguments:
     text_model: str
     fold: int = 0
     more_cohorts: list = field(default_factory=list)
+    paired_decoding: float = 0.0
     model: dict = field(default_factory=dict)
     band_pass: list | None = None
     max_steps: int = 1000
@@ -61,23 +71,34 @@ class AVQArguments:
     codebook_start: float = 0.3
     codebook_batches: int = 8
     text_batch_size: int = 1024
+    window_jitter: bool = True
+    flip_sign: bool = False
+    reverse_time: bool = False
+    region_dropout: float = 0.0
     adversary: bool = True
+    reverse_gradient: bool = True
+    codebook_from_text: bool = False
     classifier_rate: float = 0.1
     eval_windows: int = 256
     log_steps: int = 20
     eval_steps: int = 200
     save_steps: int = 500
     seed: int = 0
+    mixed_precision: str = "no"
     cpu: bool = False
     resume: bool = False
 
 
-def build_model(arguments: AVQArguments, cohort, text_model) -> AVQModel:
-    """An untrained codec for the cohort's atlas and the language model's embedding table."""
+def build_model(arguments: AVQArguments, cohort, text_model, text_domain: TextDomain) -> AVQModel:
+    """An untrained codec for the cohort's atlas and the language model's embedding table.
+
+    With the adversary P starts at mean and leading directions of the text that the model reads.
+    """
     table = text_model.get_input_embeddings().weight
-    values = dict(arguments.model)
+    # This script starts the codebook itself, from the windows of many scans.
+    values = {"codebook_start_step": None, **arguments.model}
     if not arguments.adversary:
-        values["domain_weight"] = 0.0
+        values |= {"domain_weight": 0.0, "moment_weight": 0.0, "energy_weight": 0.0}
     config = AVQConfig(
         atlas=cohort.atlas,
         region_labels=list(cohort.labels),
@@ -86,7 +107,8 @@ def build_model(arguments: AVQArguments, cohort, text_model) -> AVQModel:
         **values,
     )
     model = AVQModel(config)
-    model.set_text_space(table, model_id=str(arguments.text_model))
+    share = text_domain.share if arguments.adversary else None
+    model.set_text_space(table, model_id=str(arguments.text_model), share=share)
     return model
 
 
@@ -124,10 +146,10 @@ def evaluate_atlases(
     return values
 
 
-def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[str, float]:
-    """Norms of the reversed gradient of the weighted domain loss at P and at the encoder.
+def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
+    """Norms of the gradient of the weighted alignment losses at P and at the encoder.
 
-    Both must be alive.
+    Both must be alive, unless `domain_gradient` says otherwise.
     """
     projection = list(model.projection.parameters())
     encoder = [
@@ -136,7 +158,7 @@ def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[st
         *model.to_code.parameters(),
     ]
     gradients = torch.autograd.grad(
-        model.config.domain_weight * domain_loss,
+        weighted_alignment(model, out),
         projection + encoder,
         retain_graph=True,
         allow_unused=True,
@@ -149,6 +171,16 @@ def domain_gradient_norms(model: AVQModel, domain_loss: torch.Tensor) -> dict[st
         "domain_grad_norm_projection": norm(gradients[: len(projection)]),
         "domain_grad_norm_encoder": norm(gradients[len(projection) :]),
     }
+
+
+def weighted_alignment(model: AVQModel, out: AVQOutput) -> torch.Tensor:
+    """The part of the loss that is there for the alignment, scalar."""
+    loss = model.config.domain_weight * out.domain_loss
+    if out.moment_loss is not None:
+        loss = loss + model.config.moment_weight * out.moment_loss
+    if out.energy_loss is not None:
+        loss = loss + model.config.energy_weight * out.energy_loss
+    return loss
 
 
 def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
@@ -169,10 +201,17 @@ def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: floa
     ]
 
 
+def text_vectors(model: AVQModel, text_domain: TextDomain, arguments: AVQArguments) -> torch.Tensor:
+    """Text embeddings on their leading whitened directions, for a codebook that starts as text."""
+    rows = text_domain.draw(4 * model.config.num_codes, [arguments.seed, 4])
+    rows = model.text_moments(model.projection.standardize(rows.to(model.device)))
+    return rows @ torch.linalg.svd(rows, full_matrices=False)[2][: model.config.code_dim].T
+
+
 def main(argv: list[str]) -> int:
     """Train the codec; `argv` is CONFIG followed by key=value overrides."""
     arguments = load_arguments(AVQArguments, argv)
-    with begin_run(arguments) as run:
+    with begin_run(arguments, arguments.mixed_precision) as run:
         return train(arguments, run)
 
 
@@ -195,7 +234,9 @@ def train(arguments: AVQArguments, run: Run) -> int:
     text_domain = TextDomain(text_model.get_input_embeddings().weight, counts)
 
     # The model and what prepares its input.
-    model = build_model(arguments, cohort, text_model)
+    model = build_model(arguments, cohort, text_model, text_domain)
+    if accelerator.device.type == "cpu":  # see modeling/layers_avq.py, eager_attention
+        model.set_attn_implementation("eager")
     config = model.config
     extractor = AVQFeatureExtractor(
         sampling_interval=config.sampling_interval,
@@ -211,6 +252,7 @@ def train(arguments: AVQArguments, run: Run) -> int:
     )
     processor = AVQProcessor(extractor, tokenizer, tokens_per_window=config.tokens_per_window)
     atlases = prepare_atlases(cohort, arguments.more_cohorts, parts, extractor, not main_process)
+    turns = Turns(atlases, arguments.seed, arguments.paired_decoding > 0)
 
     optimizer = torch.optim.AdamW(
         parameter_groups(model, arguments.weight_decay, arguments.classifier_rate),
@@ -236,28 +278,40 @@ def train(arguments: AVQArguments, run: Run) -> int:
     model.train()
 
     def batches_at(stream: int, step: int, parts: int, guard: StepGuard):
-        """This process's `parts` batches of a step's common draw, and whose windows they hold."""
+        """This process's `parts` batches of a step's common draw.
+
+        With each, the same windows in the regions of other atlases, and whose windows they are.
+        """
         while True:
             batches = [
                 draw_windows(
-                    atlases[atlas_at(arguments.seed, step, len(atlases))].training,
+                    turns.scans_at(step),
                     config.window_length,
                     arguments.batch_size,
                     [arguments.seed, stream, step, guard.attempt],
                     part * accelerator.num_processes + accelerator.process_index,
                     parts * accelerator.num_processes,
                     guard.excluded,
+                    arguments.window_jitter,
                 )
                 for part in range(parts)
             ]
             if not guard.refuses(batches):
                 break
-        for batch in batches:
+        for part, batch in enumerate(batches):
             scans = batch.pop("scan")
-            yield {key: value.to(accelerator.device) for key, value in batch.items()}, scans
+            batch = augment(
+                batch,
+                [arguments.seed, 3, stream, step, part, accelerator.process_index],
+                arguments.flip_sign,
+                arguments.reverse_time,
+                arguments.region_dropout,
+            )
+            batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+            yield *turns.own(batch, step), scans
 
     def guard_at(step: int, place: int) -> StepGuard:
-        names = atlases[atlas_at(arguments.seed, place, len(atlases))].training.subject_ids
+        names = turns.scans_at(place).subject_ids
         return StepGuard(accelerator, step, names, raw_model, run.warned)
 
     start_step = int(arguments.codebook_start * arguments.max_steps)
@@ -269,11 +323,16 @@ def train(arguments: AVQArguments, run: Run) -> int:
                 [
                     batch
                     for k in range(max(arguments.codebook_batches, len(atlases)))
-                    for batch, _ in batches_at(1, k, 1, guard_at(step, k))
+                    for batch, *_ in batches_at(1, k, 1, guard_at(step, k))
                 ],
                 seed=arguments.seed,
+                vectors=text_vectors(raw_model, text_domain, arguments)
+                if arguments.codebook_from_text
+                else None,
             )
         strength = reversal_strength(step / arguments.max_steps)
+        if not arguments.reverse_gradient:  # the control: P is helped to stand apart from text
+            strength = -strength
         rate = learning_rate_at(
             step, arguments.learning_rate, arguments.warmup_steps, arguments.max_steps
         )
@@ -283,7 +342,8 @@ def train(arguments: AVQArguments, run: Run) -> int:
         guard = guard_at(step, step)
         while not guard.accepted:
             loss = torch.zeros((), device=accelerator.device)
-            for part, (batch, scans_of_batch) in enumerate(batches_at(0, step, parts, guard)):
+            for part, drawn in enumerate(batches_at(0, step, parts, guard)):
+                batch, other_regions, scans_of_batch = drawn
                 text = None
                 if arguments.adversary:
                     place = part * accelerator.num_processes + accelerator.process_index
@@ -297,12 +357,17 @@ def train(arguments: AVQArguments, run: Run) -> int:
                     out = model(**batch, text_embeddings=text, reversal=strength)
                     guard.watch(out.reconstruction, scans_of_batch)
                     norms = (
-                        domain_gradient_norms(raw_model, out.domain_loss)
+                        domain_gradient_norms(raw_model, out)
                         if last and logging and arguments.adversary
                         else {}
                     )
-                    accelerator.backward(out.loss / parts)
-                    loss += out.loss.detach() / parts
+                    total, paired = out.loss, None
+                    if other_regions:
+                        with accelerator.autocast():
+                            paired = paired_loss(raw_model, out, batch, other_regions)
+                        total = total + arguments.paired_decoding * paired
+                    accelerator.backward(total / parts)
+                    loss += total.detach() / parts
             gradient = accelerator.clip_grad_norm_(model.parameters(), 1.0)
             guard.judge(loss, gradient, optimizer)
         optimizer.step()
@@ -311,14 +376,17 @@ def train(arguments: AVQArguments, run: Run) -> int:
             started = step >= start_step
             log.write(
                 step + 1,
-                atlas=atlas_at(arguments.seed, step, len(atlases)) if atlases[1:] else None,
+                atlas=turns.at(step) if atlases[1:] else None,
                 loss=loss,  # the mean of all parts; what follows is the last one's
                 reconstruction_loss=out.reconstruction_loss,
+                paired_loss=paired,
                 commitment_loss=out.commitment_loss if started else None,
                 spectrum_loss=out.spectrum_loss,
                 connectivity_loss=out.connectivity_loss,
                 domain_loss=out.domain_loss,
                 domain_accuracy=out.domain_accuracy,
+                moment_loss=out.moment_loss,
+                energy_loss=out.energy_loss,
                 reversal_strength=strength if arguments.adversary else None,
                 perplexity=out.perplexity if started else None,
                 usage=out.usage if started else None,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -210,13 +210,20 @@ class Run:
 
 
 @contextmanager
-def begin_run(arguments: Any) -> Iterator[Run]:
+def begin_run(arguments: Any, mixed_precision: str = "no") -> Iterator[Run]:
     """What every stage does first: choose the device, claim `arguments.output`, set the seed.
 
     As long as the context lasts the folder is this run's, and so are SIGTERM and Ctrl-C.
     """
     output = Path(arguments.output)
-    accelerator = Accelerator(cpu=arguments.cpu or not torch.cuda.is_available())
+    if mixed_precision not in ("no", "bf16"):
+        raise TrainingError(f"mixed_precision must be no or bf16, found {mixed_precision!r}.")
+    accelerator = Accelerator(
+        cpu=arguments.cpu or not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        # Without its adversary a codec has a classifier that no loss reaches.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
 
     def claim() -> None:
         make_folder(output)

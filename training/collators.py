@@ -122,8 +122,11 @@ def draw_windows(
     rank: int = 0,
     world_size: int = 1,
     excluded: Collection[int] = (),
+    jitter: bool = True,
 ) -> dict[str, torch.Tensor]:
     """One batch of one atlas: `count` windows of different scans, at random starts.
+
+    Without `jitter` a window starts at a whole number of windows, as in evaluation.
 
     It is share `rank` of `world_size` of one common draw. Different scans matter twice: the
     gradient sees more people, and dead codes are revived from several of them. Everything follows
@@ -132,7 +135,10 @@ def draw_windows(
     """
     rng = np.random.default_rng(seed)
     chosen = draw_scans(rng, count * world_size, len(scans), excluded)
-    starts = [rng.integers(0, len(scans.series[i]) - window_length + 1) for i in chosen]
+    grain = 1 if jitter else window_length
+    starts = [
+        rng.integers(0, (len(scans.series[i]) - window_length) // grain + 1) * grain for i in chosen
+    ]
     mine = range(rank * count, (rank + 1) * count)
     values = [scans.series[chosen[k]][starts[k] : starts[k] + window_length] for k in mine]
     return {
@@ -141,6 +147,32 @@ def draw_windows(
         "region_mask": torch.from_numpy(np.stack([scans.region_masks[chosen[k]] for k in mine])),
         "region_coordinates": torch.from_numpy(scans.region_coordinates)[None],
     }
+
+
+def augment(
+    batch: dict[str, torch.Tensor],
+    seed: list[int],
+    flip_sign: bool,
+    reverse_time: bool,
+    region_dropout: float,
+) -> dict[str, torch.Tensor]:
+    """The batch with windows changed at random: its sign, its direction in time, regions hidden.
+
+    The first two keep every covariance as it is, and make four scans of one. With `region_dropout`
+    each window loses a share of its regions, drawn anew between 0 and that.
+    """
+    rng = np.random.default_rng(seed)
+    values, mask = batch["input_values"], batch["region_mask"]
+    count = len(values)
+    # Drawn whether used or not, so that one option does not change another's draw.
+    signs, backwards = rng.integers(0, 2, count), rng.integers(0, 2, count)
+    hidden = rng.random(mask.shape) < region_dropout * rng.random((count, 1))
+    if flip_sign:
+        values = values * torch.from_numpy(1.0 - 2.0 * signs).float()[:, None, None]
+    if reverse_time:
+        backwards = torch.from_numpy(backwards.astype(bool))
+        values = torch.where(backwards[:, None, None], values.flip(1), values)
+    return batch | {"input_values": values, "region_mask": mask & ~torch.from_numpy(hidden)}
 
 
 def whole_windows(
@@ -181,6 +213,7 @@ class TextDomain:
             share = share.clamp(max=cap)
             share = share / share.sum()
         self.table = table.detach()
+        self.share = share
         self.cumulative = share.cumsum(0).numpy()
 
     def draw(self, count: int, seed: list[int]) -> torch.Tensor:

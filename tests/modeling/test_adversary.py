@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cortexicon.modeling import modeling_avq
+from cortexicon.modeling import alignment_avq, losses_avq
 from cortexicon.modeling.losses_avq import (
     connectivity_loss,
     domain_loss,
@@ -49,7 +49,7 @@ def test_the_domain_loss_reaches_p_and_the_encoder_with_reversed_sign(
     codec, windows, text, monkeypatch, strength
 ):
     reversed_ = domain_gradients(codec, windows, text, strength)
-    monkeypatch.setattr(modeling_avq, "reverse_gradient", lambda x, strength: x)
+    monkeypatch.setattr(alignment_avq, "reverse_gradient", lambda x, strength: x)
     plain = domain_gradients(codec, windows, text, strength)
     assert reversed_.keys() == plain.keys()
     for name in plain:
@@ -77,7 +77,7 @@ def test_descent_teaches_the_classifier_and_lets_p_fool_it(codec, text, part, di
     """A step of gradient descent lowers the domain loss in one part and raises it in the other."""
 
     def loss():
-        return codec.domain_loss(codec.project_codebook(), text)[0]
+        return codec.alignment_losses(codec.project_codebook(), text)["domain_loss"]
 
     before = loss()
     before.backward()
@@ -191,7 +191,71 @@ def test_the_larger_side_is_thinned_evenly(make_codec):
     codec = make_codec()
     text = torch.randn(5, 24)
     codes = torch.randn(5, 24).repeat_interleave(11, 0)  # 55 rows that thin to its five kinds
-    thinned, _ = codec.domain_loss(codes, text)
-    whole, _ = codec.domain_loss(codes[::11], text)
+    thinned = codec.alignment_losses(codes, text)["domain_loss"]
+    whole = codec.alignment_losses(codes[::11], text)["domain_loss"]
     torch.testing.assert_close(thinned, whole)
     assert F.mse_loss(codes[0], codes[-1]) > 0
+
+
+@pytest.fixture
+def table() -> torch.Tensor:
+    """Embeddings (600, 24) of a text side that is neither centred nor round."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(600, 24, generator=generator) @ torch.diag(torch.linspace(3, 0.3, 24)) + 1.0
+
+
+def test_the_closed_form_critics_are_zero_for_text_itself_and_not_elsewhere(make_codec, table):
+    codec = make_codec(moment_weight=1.0, energy_weight=1.0)
+    codec.set_text_space(table, share=torch.full((600,), 1 / 600))
+    same = codec.alignment_losses(table, table)
+    assert same["moment_loss"] < 1e-6
+    assert same["energy_loss"].abs() < 1e-6
+    moved = codec.alignment_losses(table + table.std(), table)
+    assert moved["moment_loss"] > 0.1
+    assert moved["energy_loss"] > 0.1
+    wider = codec.alignment_losses(table.mean(0) + 2 * (table - table.mean(0)), table)
+    assert wider["moment_loss"] > 1.0
+
+
+def test_the_energy_distance_of_known_points():
+    first, second = torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [1.0]])
+    # E|x - y| = 1, E|x - x'| = 1, E|y - y'| = 0
+    assert float(losses_avq.energy_loss(first, second)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_p_starts_at_mean_and_leading_directions_of_the_text(make_codec, table):
+    share = torch.full((600,), 1 / 600)
+    codec = make_codec()
+    codec.set_text_space(table, share=share)
+    codes = torch.randn(20000, codec.config.code_dim, generator=torch.Generator().manual_seed(0))
+    codec.projection.down.weight.data.zero_()
+    with torch.no_grad():
+        rows = codec.projection(torch.nn.functional.normalize(codes, dim=-1))
+    assert (rows.mean(0) - table.mean(0)).norm() < 0.05 * table.std()
+    expected = torch.linalg.eigvalsh(torch.cov(table.T)).flip(0)[: codec.config.code_dim]
+    found = torch.linalg.eigvalsh(torch.cov(rows.T)).flip(0)[: codec.config.code_dim]
+    assert torch.allclose(found, expected, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("reached", "projection", "encoder"),
+    [
+        ("both", True, True),
+        ("projection", True, False),
+        ("encoder", False, True),
+        ("none", False, False),
+    ],
+)
+def test_the_alignment_reaches_what_the_configuration_names(
+    make_codec, windows, text, reached, projection, encoder
+):
+    codec = make_codec(domain_gradient=reached, moment_weight=1.0, energy_weight=1.0).train()
+    output = codec(windows, text_embeddings=text)
+    (output.domain_loss + output.moment_loss + output.energy_loss).backward()
+
+    def norm(part):
+        return sum(float(p.grad.norm()) for p in part.parameters() if p.grad is not None)
+
+    assert (norm(codec.projection) > 1e-6) is projection
+    assert (norm(codec.encoder) > 1e-6) is encoder
+    assert norm(codec.classifier) > 1e-6

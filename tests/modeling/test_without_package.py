@@ -59,7 +59,14 @@ def test_auto_classes_with_the_package(codec, make_avq_lm, tmp_path):
 def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_path, name):
     (make_codec() if name == "avq" else make_avq_lm()).save_pretrained(tmp_path)
     shipped = {path.name for path in tmp_path.glob("*.py")}
-    needed = {"configuration_avq", "modeling_avq", "layers_avq", "losses_avq", "outputs_avq"}
+    needed = {
+        "alignment_avq",
+        "configuration_avq",
+        "modeling_avq",
+        "layers_avq",
+        "losses_avq",
+        "outputs_avq",
+    }
     needed |= {"quantization_avq", "inputs_avq"}
     needed |= {"configuration_avq_lm", "modeling_avq_lm"} if name == "lm" else set()
     assert shipped == {f"{stem}.py" for stem in needed}
