@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from cortexicon.cohorts import Cohort, load_cohort
+from cortexicon.modeling import AVQModel
+from cortexicon.modeling.losses_avq import reconstruction_loss
+from cortexicon.modeling.outputs_avq import AVQOutput
 from cortexicon.tokenization import AVQFeatureExtractor
 
 from .arguments import TrainingError
@@ -96,6 +100,110 @@ def atlas_at(seed: int, step: int, count: int) -> int:
     """
     turn, place = divmod(step, count)
     return int(np.random.default_rng([seed, 3, turn]).permutation(count)[place])
+
+
+class Turns:
+    """What training draws from at each step: one atlas at a time, or all of one scan at once.
+
+    Parameters
+    ----------
+    atlases : list of AtlasScans
+    seed : int
+    paired : bool
+        Windows are drawn with the regions of all atlases side by side, of scans that are in all of
+        them; `own` takes them apart again, into what is encoded and what is decoded besides.
+
+    Raises
+    ------
+    TrainingError
+        `paired` with one atlas, without a common scan, or with scans of different lengths.
+    """
+
+    def __init__(self, atlases: list[AtlasScans], seed: int, paired: bool) -> None:
+        self.scans = [one.training for one in atlases]
+        self.seed = seed
+        self.joint = join_scans(self.scans) if paired else None
+
+    def at(self, step: int) -> int:
+        """Position of the step's atlas."""
+        return atlas_at(self.seed, step, len(self.scans))
+
+    def scans_at(self, step: int) -> PreparedScans:
+        """What the windows of a step are drawn from."""
+        return self.scans[self.at(step)] if self.joint is None else self.joint
+
+    def own(
+        self, batch: dict[str, torch.Tensor], step: int
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """A batch's regions of the step's atlas, and those of all others; none unless paired."""
+        if self.joint is None:
+            return batch, {}
+        counts = [scans.series[0].shape[1] for scans in self.scans]
+        owner = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        mine = (owner == self.at(step)).to(batch["region_mask"].device)
+        last = {"input_values": 2, "region_mask": 1, "region_coordinates": 1}  # axis of the regions
+        parts = [
+            {key: batch[key].index_select(axis, chosen) for key, axis in last.items()}
+            for chosen in (mine.nonzero()[:, 0], (~mine).nonzero()[:, 0])
+        ]
+        return parts[0], parts[1]
+
+
+def join_scans(parts: list[PreparedScans]) -> PreparedScans:
+    """Scans that are in all of `parts`, their regions side by side.
+
+    Raises
+    ------
+    TrainingError
+        One part only, no common scan, or a scan that is longer in one than in another.
+    """
+    first, *others = parts
+    places = [{name: row for row, name in enumerate(one.subject_ids)} for one in parts]
+    shared = [name for name in first.subject_ids if all(name in place for place in places)]
+    if not others or not shared:
+        raise TrainingError(
+            "paired_decoding needs the same scans in two atlases or more: expected more_cohorts "
+            f"with scans of the primary cohort, found {len(parts) - 1} of them and {len(shared)} "
+            "common training scans."
+        )
+    joined = PreparedScans(
+        [], [], [], {}, np.concatenate([one.region_coordinates for one in parts])
+    )
+    for name in shared:
+        series = [one.series[place[name]] for one, place in zip(parts, places, strict=True)]
+        if len({len(values) for values in series}) > 1:
+            raise TrainingError(
+                f"{name}: expected one scan in all cohorts, found {[len(v) for v in series]} "
+                "samples. paired_decoding is for cohorts of the same scans."
+            )
+        masks = [one.region_masks[place[name]] for one, place in zip(parts, places, strict=True)]
+        joined.subject_ids.append(name)
+        joined.series.append(np.concatenate(series, axis=1))
+        joined.region_masks.append(np.concatenate(masks))
+    return joined
+
+
+def paired_loss(
+    model: AVQModel,
+    out: AVQOutput,
+    batch: dict[str, torch.Tensor],
+    others: dict[str, torch.Tensor],
+) -> torch.Tensor:
+    """Error, scalar, of decoding `batch` at the regions of the other atlases.
+
+    Parameters
+    ----------
+    model : AVQModel
+    out : AVQOutput
+        Of `batch`; its text_embeds carry the gradient, which codes do not.
+    batch, others : dict
+        From `Turns.own`.
+    """
+    decoded = model._decode(
+        out.text_embeds, others["region_coordinates"], batch["region_coordinates"]
+    )
+    mask = others["region_mask"][:, None].expand(-1, decoded.shape[1], -1)
+    return reconstruction_loss(decoded, others["input_values"], mask)
 
 
 def refused_scans(atlases: list[AtlasScans]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from cortexicon.cohorts import cohort_from_series, load_cohort, load_split, save
 from cortexicon.modeling import AVQModel
 from cortexicon.tokenization import AVQFeatureExtractor
 from cortexicon.training import TrainingError, avq
-from cortexicon.training.atlases import atlas_at, prepare_atlases
+from cortexicon.training.atlases import Turns, atlas_at, paired_loss, prepare_atlases
 from cortexicon.training.collators import draw_windows
 
 from .test_resume import train_in_two_parts
@@ -49,12 +49,18 @@ def coarse(run, tmp_path_factory):
     return save_cohort(cohort_from_series(scans), tmp_path_factory.mktemp("coarse") / "cohort")
 
 
+@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["alone", "paired"])
+def pairing(request):
+    """The weight of `paired_decoding`."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def both(run, coarse, tmp_path_factory):
+def both(run, coarse, pairing, tmp_path_factory):
     """Checkpoint of the run's codec trained on both atlases."""
     folder = tmp_path_factory.mktemp("both") / "avq"
-    config = str(run / "avq.yaml")
-    assert avq.main([config, f"output={folder}", f"more_cohorts=[{coarse}]"]) == 0
+    words = [f"output={folder}", f"more_cohorts=[{coarse}]", f"paired_decoding={pairing}"]
+    assert avq.main([str(run / "avq.yaml"), *words]) == 0
     return folder
 
 
@@ -93,9 +99,80 @@ def test_parts_are_those_of_the_primary_split(run, coarse, parts):
     np.testing.assert_allclose(batch["region_coordinates"][0].numpy(), expected, atol=1e-4)
 
 
-def test_both_atlases_are_trained_on_and_validated(run, both):
+@pytest.fixture(scope="module")
+def atlases(run, coarse, parts):
+    cohort, extractor = extractor_of(run)
+    return prepare_atlases(cohort, [coarse], parts, extractor, quiet=True)
+
+
+def test_paired_windows_are_the_same_moments_of_the_same_people(atlases):
+    turns = Turns(atlases, seed=0, paired=True)
+    for step in range(2):
+        batch = draw_windows(turns.scans_at(step), 40, 6, [0, 0, step])
+        own, other = turns.own(batch, step)
+        fine, small = (own, other) if turns.at(step) == 0 else (other, own)
+        assert fine["input_values"].shape == (6, 40, 28)
+        assert small["input_values"].shape == (6, 40, 14)
+        for part, one in ((fine, atlases[0]), (small, atlases[1])):
+            places = torch.from_numpy(one.training.region_coordinates)[None]
+            assert torch.equal(part["region_coordinates"], places)
+        means = fine["input_values"].view(6, 40, 14, 2).mean(3)
+        # The coarse region is the mean of two, z-scored anew; windows of others would not fit.
+        joined = torch.stack([means.flatten(0, 1), small["input_values"].flatten(0, 1)])
+        for region in range(14):
+            assert torch.corrcoef(joined[:, :, region])[0, 1] > 0.9
+    assert {turns.at(step) for step in range(2)} == {0, 1}
+
+
+def test_without_pairing_a_batch_is_of_one_atlas(atlases):
+    turns = Turns(atlases, seed=0, paired=False)
+    for step in range(2):
+        batch = draw_windows(turns.scans_at(step), 40, 4, [0, 0, step])
+        own, other = turns.own(batch, step)
+        assert own is batch
+        assert other == {}
+        assert batch["input_values"].shape[2] == (28, 14)[turns.at(step)]
+
+
+def test_the_paired_loss_is_the_error_of_decoding_elsewhere_and_reaches_the_encoder(both, atlases):
+    model = AVQModel.from_pretrained(both).eval()
+    turns = Turns(atlases, seed=0, paired=True)
+    batch, other = turns.own(draw_windows(turns.scans_at(0), 40, 4, [0, 0, 0]), 0)
+    other["region_mask"][:, :3] = False
+    out = model(**batch)
+    decoded = model.decode(out.codes, other["region_coordinates"], batch["region_coordinates"])
+    error = (decoded.reconstruction - other["input_values"])[:, :, 3:].square().mean()
+    assert paired_loss(model, out, batch, other).item() == pytest.approx(error.item(), rel=1e-4)
+    model.train()
+    paired_loss(model, model(**batch), batch, other).backward()
+    for weight in (model.to_code.weight, model.from_text.weight):
+        assert weight.grad.abs().max() > 0
+
+
+def test_pairing_needs_the_same_scans(atlases):
+    with pytest.raises(TrainingError, match=r"found 0 of them and 12"):
+        Turns(atlases[:1], seed=0, paired=True)
+    cut = [values[:-1] for values in atlases[1].training.series]
+    other = atlases[1]._replace(training=replace(atlases[1].training, series=cut))
+    with pytest.raises(TrainingError, match=r"one scan in all cohorts, found \[\d+, \d+\]"):
+        Turns([atlases[0], other], seed=0, paired=True)
+    few = replace(
+        atlases[1].training,
+        subject_ids=atlases[1].training.subject_ids[2:],
+        series=atlases[1].training.series[2:],
+        region_masks=atlases[1].training.region_masks[2:],
+    )
+    joint = Turns([atlases[0], atlases[1]._replace(training=few)], 0, paired=True).scans_at(0)
+    assert joint.subject_ids == atlases[0].training.subject_ids[2:]
+    np.testing.assert_array_equal(joint.series[0][:, :28], atlases[0].training.series[2])
+    np.testing.assert_array_equal(joint.series[0][:, 28:], few.series[0])
+
+
+def test_both_atlases_are_trained_on_and_validated(run, both, pairing):
     lines = [json.loads(line) for line in (both / "training_log.jsonl").read_text().splitlines()]
     assert {line["atlas"] for line in lines if "loss" in line} == {0, 1}
+    for line in lines:
+        assert ("paired_loss" in line) == (pairing > 0 and "loss" in line)
     held_out = [line for line in lines if "eval_r2" in line]
     assert [line["step"] for line in held_out] == [10, 12]
     for line in held_out:
@@ -110,7 +187,7 @@ def test_both_atlases_are_trained_on_and_validated(run, both):
     assert not torch.equal(alone.from_text.weight, together.from_text.weight)
 
 
-def test_no_held_out_scan_of_the_other_atlas_moves_a_weight(run, parts, both, tmp_path):
+def test_no_held_out_scan_of_the_other_atlas_moves_a_weight(run, parts, both, pairing, tmp_path):
     held_out = [s for name, subjects in parts.items() if name != "train" for s in subjects]
     scans = [halved(scan) for scan in load_cohort(run / "cohort")]
     scans = [
@@ -120,8 +197,8 @@ def test_no_held_out_scan_of_the_other_atlas_moves_a_weight(run, parts, both, tm
     scans.append(replace(noise_like(scans[0], 99), subject_id="of nobody's split"))
     save_cohort(cohort_from_series(scans), tmp_path / "cohort")
     config, output = str(run / "avq.yaml"), tmp_path / "avq"
-    argv = [config, f"output={output}", f"more_cohorts=[{tmp_path / 'cohort'}]"]
-    assert avq.main(argv) == 0
+    words = [f"more_cohorts=[{tmp_path / 'cohort'}]", f"paired_decoding={pairing}"]
+    assert avq.main([config, f"output={output}", *words]) == 0
     expected = load_file(both / "model.safetensors")
     found = load_file(output / "model.safetensors")
     for name, value in expected.items():
@@ -135,9 +212,12 @@ def test_no_held_out_scan_of_the_other_atlas_moves_a_weight(run, parts, both, tm
     assert last[0][f"eval_r2_{ATLAS}"] != last[1][f"eval_r2_{ATLAS}"]
 
 
-def test_a_resumed_run_of_two_atlases_is_bit_equal(run, coarse, both, tmp_path, monkeypatch):
+def test_a_resumed_run_of_two_atlases_is_bit_equal(
+    run, coarse, both, pairing, tmp_path, monkeypatch
+):
     config = tmp_path / "both.yaml"
-    config.write_text(f"base: {run / 'avq.yaml'}\nmore_cohorts: [{coarse}]\n", encoding="utf-8")
+    lines = [f"base: {run / 'avq.yaml'}", f"more_cohorts: [{coarse}]"]
+    config.write_text("\n".join([*lines, f"paired_decoding: {pairing}"]), encoding="utf-8")
     assert train_in_two_parts(monkeypatch, avq, str(config), tmp_path / "avq", 7) == 4
     expected = load_file(both / "model.safetensors")
     found = load_file(tmp_path / "avq" / "model.safetensors")
