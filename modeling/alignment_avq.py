@@ -5,7 +5,14 @@ import hashlib
 import torch
 
 from .configuration_avq import ConfigurationError
-from .losses_avq import domain_loss, energy_loss, moment_loss, reverse_gradient, thin
+from .losses_avq import (
+    domain_loss,
+    energy_loss,
+    moment_loss,
+    neighbour_loss,
+    reverse_gradient,
+    thin,
+)
 
 
 class TextSpace:
@@ -74,6 +81,11 @@ class TextSpace:
             few = reverse_gradient(thin(codes, 512), -abs(reversal))
             losses["energy_loss"] = energy_loss(few, thin(text, 512))
         return losses
+
+    def neighbour_loss(self, codes, most: int = 768):
+        """How far P moves the neighbours of the codes that a batch holds; reaches P alone."""
+        codes = thin(self.quantizer.codebook[codes.unique()], most)
+        return neighbour_loss(codes, self.projection.standardize(self.projection(codes)))
 
     def _seen_by_critics(self, quantized, text_embeds):
         """P(codes) with gradients to those parts alone that `domain_gradient` names."""

@@ -83,6 +83,8 @@ class AVQConfig(PreTrainedConfig):
         batch of six scans or more; None: only `AVQModel.start_codebook` starts it.
     moment_weight, energy_weight : float
         Of the two critics of the alignment that need no training.
+    neighbour_weight : float
+        Of the loss that keeps a code's neighbours its neighbours in text space.
     domain_gradient : {"both", "projection", "encoder", "none"}
         What the gradient of the alignment reaches: P and the encoder, one of them, or neither.
     revival_threshold : float
@@ -138,6 +140,7 @@ class AVQConfig(PreTrainedConfig):
     domain_weight: float | int = 0.05
     moment_weight: float | int = 0.0
     energy_weight: float | int = 0.0
+    neighbour_weight: float | int = 0.0
     domain_gradient: str = "both"
     initializer_range: float | int = 0.02
 
@@ -186,6 +189,7 @@ class AVQConfig(PreTrainedConfig):
             "domain_weight",
             "moment_weight",
             "energy_weight",
+            "neighbour_weight",
             "revival_threshold",
         ):
             self._check_number(name, 0.0, math.inf)

@@ -90,6 +90,24 @@ def energy_loss(code_rows, text_rows):
     return (distance - mean_distance(text_rows, text_rows)) / code_rows.shape[1] ** 0.5
 
 
+def neighbour_loss(codes, code_rows, neighbours: int = 10):
+    """How far P moves the codes' neighbours: KL of their neighbourhoods there from here; scalar.
+
+    `codes` (codes, code_dim), no code twice, without gradient; `code_rows` (codes, width) are P of
+    them. Each code's neighbourhood is a Gaussian as wide as its distance to the neighbour of rank
+    `neighbours`. Source: Hinton & Roweis 2002 (SNE), with one width for all codes.
+    """
+    itself = torch.eye(len(codes), dtype=torch.bool, device=codes.device)
+
+    def neighbourhood(rows):
+        squared = torch.cdist(rows, rows).square()
+        width = squared.detach().kthvalue(min(neighbours + 1, len(rows)), dim=1).values.mean()
+        return (-2 * squared / width).masked_fill(itself, -1e9).log_softmax(1)
+
+    here, there = neighbourhood(codes.detach()), neighbourhood(code_rows)
+    return (here.exp() * (here - there)).sum(1).mean()
+
+
 def thin(rows, count):
     """`count` rows spread evenly over `rows`."""
     if len(rows) <= count:

@@ -43,6 +43,7 @@ class AVQPreTrainedModel(PreTrainedModel):
         "quantizer.codebook",
         "quantizer.code_sum",
         "quantizer.code_count",
+        "positions",
         "projection",
         "text_moments",
     ]
@@ -257,6 +258,9 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                     weight = getattr(config, f"{name}_weight")
                     loss = loss + weight * alignment[f"{name}_loss"]
             parts |= alignment
+            if config.neighbour_weight and bool(self.quantizer.initialized):
+                parts["neighbour_loss"] = self.neighbour_loss(quantized.codes[token_mask])
+                loss = loss + config.neighbour_weight * parts["neighbour_loss"]
         return AVQOutput(
             loss=loss,
             reconstruction=decoded,
@@ -336,15 +340,19 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                 f"input_values hold NaN or infinite values in rows {bad.nonzero()[:, 0].tolist()} "
                 "of the batch. Mask those regions (region_mask) or leave those scans out."
             )
-        return values, coordinates, region_mask, time_mask
+        """Positions (batch or 1, regions, hidden) of float32 precision, in the blocks' dtype."""
+
+    def _positions(self, coordinates):
+        """Positions (batch or 1, regions, hidden), computed in float32, in the blocks' precision."""
+        return self.positions(coordinates).to(self.to_code.weight.dtype)
 
     def _encode(self, values, coordinates, region_mask, time_mask):
         """Unnormalised code vectors (batch, tokens, code_dim) and token mask (batch, tokens)."""
         patch = self.config.patch_length
-        patches = values.view(values.shape[0], -1, patch, values.shape[2]).to(self.dtype)
-        # (batch, patches, patch_length, regions)
+        patches = values.view(values.shape[0], -1, patch, values.shape[2])
+        patches = patches.to(self.to_code.weight.dtype)  # (batch, patches, patch_length, regions)
         patch_mask = time_mask.view(time_mask.shape[0], -1, self.config.patch_length).any(-1)
-        positions = self.positions(coordinates.to(self.dtype))
+        positions = self._positions(coordinates)
         latents = self.regions_to_latents(patches, positions, region_mask)
         latents = self.encoder(latents, patch_mask)  # (batch, patches, latents, hidden)
         if self.config.token_layout == "latent":
@@ -375,14 +383,15 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                 f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at "
                 f"most {config.num_patches} patches."
             )
-        hidden = self.from_text(self.projection.standardize(text_embeds).to(self.dtype))
+        standardized = self.projection.standardize(text_embeds)
+        hidden = self.from_text(standardized.to(self.from_text.weight.dtype))
         hidden = hidden.view(batch, -1, per_patch, config.hidden_size)
         patch_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        positions = self.positions(coordinates.to(self.dtype))
+        positions = self._positions(coordinates)
         latents = hidden
         if grid:
             same = coordinates is code_coordinates
-            source = positions if same else self.positions(code_coordinates.to(self.dtype))
+            source = positions if same else self._positions(code_coordinates)
             everywhere = torch.ones(batch, per_patch, dtype=torch.bool, device=hidden.device)
             latents = self.tokens_to_latents(hidden.transpose(2, 3), source, everywhere)
         latents = self.decoder(latents, patch_mask)

@@ -48,6 +48,8 @@ class AVQOutput(ModelOutput):
         None when no text embeddings were given.
     moment_loss, energy_loss : float32 scalars
         The critics in closed form; None where their weight is 0 or no text was given.
+    neighbour_loss : float32 scalar
+        None where its weight is 0, no text was given, or the codebook has not started.
     reconstruction : float32, shape (batch, time, regions)
     codes : int64, shape (batch, tokens)
     text_embeds : float32, shape (batch, tokens, text_width)
@@ -66,5 +68,6 @@ class AVQOutput(ModelOutput):
     domain_accuracy: torch.FloatTensor | None = None
     moment_loss: torch.FloatTensor | None = None
     energy_loss: torch.FloatTensor | None = None
+    neighbour_loss: torch.FloatTensor | None = None
     perplexity: torch.FloatTensor | None = None
     usage: torch.FloatTensor | None = None

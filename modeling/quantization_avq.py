@@ -308,7 +308,8 @@ def _means_over_scans(pool, owner, anchors):
     means = torch.empty(len(anchors), pool.shape[1], device=pool.device)
     for part in torch.arange(len(anchors), device=pool.device).split(1024):
         anchor = anchors[part]
-        similarity = pool[anchor] @ pool.T  # (codes, pool)
+        with torch.autocast(pool.device.type, enabled=False):
+            similarity = pool[anchor] @ pool.T  # (codes, pool)
         similarity.masked_fill_(owner[anchor][:, None] == owner[None], -2.0)
         # One neighbour from each of several disjoint groups of scans: a mean over different
         # people, always.

@@ -387,6 +387,7 @@ def train(arguments: AVQArguments, run: Run) -> int:
                 domain_accuracy=out.domain_accuracy,
                 moment_loss=out.moment_loss,
                 energy_loss=out.energy_loss,
+                neighbour_loss=out.neighbour_loss,
                 reversal_strength=strength if arguments.adversary else None,
                 perplexity=out.perplexity if started else None,
                 usage=out.usage if started else None,
