@@ -6,11 +6,10 @@ this file knows every room.
 
 import argparse
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from cortexicon import __version__
+from cortexicon._parser import build_parser
 
 if TYPE_CHECKING:
     from cortexicon.cohorts import Cohort
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        return int(arguments.run(arguments) or 0)
+        return int(_function_of(arguments.command)(arguments) or 0)
     except KeyboardInterrupt:
         print("cortexicon: interrupted", file=sys.stderr)
         return 130
@@ -61,6 +60,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"cortexicon {arguments.command}: {message}", file=sys.stderr)
         return 2
+
+
+def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
+    """What runs a command of `_parser.build_parser`."""
+    return {
+        "simulate": _simulate,
+        "split": _split,
+        "train": _train,
+        "ablate": _ablate,
+        "encode": _encode,
+        "decode": _decode,
+        "predict": _predict,
+        "evaluate": _evaluate,
+        "reconstruction": _reconstruction,
+        "cross-atlas": _cross_atlas,
+        "alignment": _alignment,
+        "align": _align,
+        "left-out-sites": _left_out_sites,
+        "report": _report,
+        "info": _info,
+    }[command]
 
 
 def user_message(error: Exception) -> str | None:
@@ -78,230 +98,6 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, OSError) or (ours and isinstance(error, ValueError)):
         return str(error)
     return None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="cortexicon",
-        description="Parcellated fMRI as discrete tokens that a language model reads.",
-        epilog="COHORT is a folder that `cortexicon simulate` or `save_cohort` wrote, or one with "
-        "participants.tsv, regions.tsv and timeseries/bold.parquet.",
-    )
-    parser.add_argument("--version", action="version", version=f"cortexicon {__version__}")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    command = commands.add_parser("simulate", help="write a simulated cohort")
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
-    command.add_argument("--num-subjects", type=int, default=None)
-    command.add_argument("--num-regions", type=int, default=None)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--effect", type=float, default=1.0, help="strength of age, sex and diagnosis; 0: none"
-    )
-    command.set_defaults(run=_simulate)
-
-    command = commands.add_parser("split", help="divide a cohort's subjects into parts")
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="split file to write (JSON)")
-    command.add_argument(
-        "--scheme",
-        choices=("holdout", "site_stratified", "leave_sites_out", "hash"),
-        default="holdout",
-    )
-    command.add_argument("--seed", type=int, default=0)
-    command.set_defaults(run=_split)
-
-    command = commands.add_parser("train", help="train the text model, the codec or the LLM")
-    command.add_argument("what", choices=("text", "avq", "lm"))
-    command.add_argument("config", metavar="CONFIG", help="YAML file, see training/configs")
-    command.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="replace values of the config",
-    )
-    command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    command.set_defaults(run=_train)
-
-    command = commands.add_parser("ablate", help="train and score the cells of an ablation")
-    command.add_argument("cells", metavar="CELLS", nargs="+", help="YAML file of cells")
-    command.add_argument("--only", metavar="NAME", nargs="+", default=None, help="these cells")
-    command.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    command.add_argument("--retry-failed", action="store_true", help="run failed cells again")
-    command.add_argument("--list", action="store_true", help="show the cells and run nothing")
-    command.add_argument("--report", action="store_true", help="write the tables, run nothing")
-    command.add_argument(
-        "--document", type=Path, default=Path("evaluation/RESULTS.md"), help="for the tables"
-    )
-    command.add_argument("--cohort", type=Path, default=Path("../shared/data/abide1_cc200"))
-    command.add_argument("--text-model", type=Path, default=None, help="default: RUNS/text")
-    command.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="run folders")
-    command.add_argument("--results", type=Path, default=Path("results"), help="folder of scores")
-    command.set_defaults(run=_ablate)
-
-    command = commands.add_parser("encode", help="cohort to codes")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="codes file to write (Parquet)")
-    _add_part(command)
-    _add_any_atlas(command)
-    command.set_defaults(run=_encode)
-
-    command = commands.add_parser("decode", help="codes to region series")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("codes", metavar="CODES", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="cohort folder to write")
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    command.add_argument(
-        "--regions",
-        type=Path,
-        default=None,
-        help="regions.tsv of another parcellation to decode into (default: the encoded one)",
-    )
-    command.add_argument("--atlas", default=None, help="its name; needed with --regions")
-    command.set_defaults(run=_decode)
-
-    command = commands.add_parser("predict", help="clinical answers of an LLM checkpoint")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="predictions file to write (CSV)")
-    command.add_argument("--targets", nargs="+", default=None, help="columns; default: all trained")
-    _add_part(command)
-    command.set_defaults(run=_predict)
-
-    command = commands.add_parser("evaluate", help="score a checkpoint on a cohort")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
-    command.add_argument("--split", type=Path, default=None, help="score its held-out parts only")
-    command.add_argument(
-        "--baselines", action="store_true", help="fit the baselines on the same fold too"
-    )
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument(
-        "--predictions",
-        type=Path,
-        default=None,
-        help="folder for files of predictions (default: `predictions` beside the JSON file)",
-    )
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    _add_any_atlas(command)
-    command.set_defaults(run=_evaluate)
-
-    command = commands.add_parser(
-        "reconstruction", help="table of reconstructions: codecs, plain tokenizers, reference"
-    )
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--split", type=Path, required=True, help="split file")
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--json", type=Path, required=True, help="file of the table to write")
-    command.add_argument("--markdown", type=Path, default=None, help="the table for people")
-    command.add_argument(
-        "--checkpoints", metavar="DIR", type=Path, nargs="+", default=[], help="codecs to score"
-    )
-    command.add_argument(
-        "--band-pass",
-        metavar=("LOW", "HIGH"),
-        type=float,
-        nargs=2,
-        default=None,
-        help="Hz; a second table, of band-passed windows",
-    )
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    _add_any_atlas(command)
-    command.set_defaults(run=_reconstruction)
-
-    command = commands.add_parser(
-        "cross-atlas", help="encode one parcellation, decode another, against plain ways there"
-    )
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("source", metavar="SOURCE", type=Path, help="cohort to encode")
-    command.add_argument("target", metavar="TARGET", type=Path, help="same scans, another atlas")
-    command.add_argument("--split", type=Path, required=True, help="split file of SOURCE")
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    command.set_defaults(run=_cross_atlas)
-
-    command = commands.add_parser("alignment", help="can fresh probes tell codes from text?")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("text_model", metavar="TEXT_MODEL", help="its language model")
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--split", type=Path, required=True, help="split file")
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--json", type=Path, required=True, help="file of the table to write")
-    command.add_argument("--off", type=Path, default=None, help="checkpoint without the adversary")
-    command.add_argument(
-        "--unreversed",
-        type=Path,
-        default=None,
-        help="checkpoint with the classifier on and its gradient not reversed",
-    )
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    command.add_argument("--seed", type=int, default=0)
-    command.set_defaults(run=_alignment)
-
-    command = commands.add_parser("align", help="fit a codec to another language model")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("language_model", metavar="LM", help="folder or Hub id")
-    command.add_argument("--cohort", type=Path, required=True)
-    command.add_argument("--split", type=Path, required=True, help="split file")
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--out", type=Path, required=True, help="checkpoint folder to write")
-    command.add_argument(
-        "--text-files",
-        nargs="+",
-        default=[],
-        help="text to count the language model's tokens in, where it brings no counts",
-    )
-    command.add_argument("--max-steps", type=int, default=300)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--cpu", action="store_true", help="leave the accelerator alone")
-    command.add_argument("--resume", action="store_true", help="go on from the last state")
-    command.set_defaults(run=_align)
-
-    command = commands.add_parser(
-        "left-out-sites", help="what a codec loses on scanners that it was not trained on"
-    )
-    command.add_argument("within", metavar="WITHIN", type=Path, help="codec trained on all sites")
-    command.add_argument(
-        "left_out", metavar="LEFT_OUT", type=Path, nargs="+", help="codecs trained without some"
-    )
-    command.add_argument("--cohort", type=Path, required=True, help="cohort of their training")
-    command.add_argument("--json", type=Path, required=True, help="file of scores to write")
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-    command.set_defaults(run=_left_out_sites)
-
-    command = commands.add_parser("report", help="results.json and report.html of a run folder")
-    command.add_argument("folder", metavar="RUN", type=Path)
-    command.set_defaults(run=_report)
-
-    command = commands.add_parser("info", help="what a checkpoint folder holds")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.set_defaults(run=_info)
-    return parser
-
-
-def _add_part(command: argparse.ArgumentParser) -> None:
-    """Options of the commands that may run on one part of a split."""
-    command.add_argument("--split", type=Path, default=None, help="split file; default: everyone")
-    command.add_argument("--part", default="test", help="part of the split (default: test)")
-    command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
-    command.add_argument("--batch-size", type=int, default=32, help="windows per step")
-
-
-def _add_any_atlas(command: argparse.ArgumentParser) -> None:
-    """The option that lets a codec read another parcellation than its checkpoint stores."""
-    command.add_argument(
-        "--any-atlas",
-        action="store_true",
-        help="read the cohort's regions by their coordinates, whatever the checkpoint's atlas",
-    )
 
 
 def _fold_parts(arguments: argparse.Namespace, cohort: "Cohort") -> dict[str, list[str]]:
