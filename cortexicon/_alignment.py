@@ -21,7 +21,7 @@ from cortexicon.evaluation.alignment import (
     table_text,
 )
 from cortexicon.inference import Checkpoint, encode_cohort, fit_to_atlas, load_checkpoint
-from cortexicon.modeling.modeling_avq import tensor_sha256
+from cortexicon.modeling.alignment_avq import tensor_sha256
 
 
 def evaluate_alignment(

@@ -340,10 +340,10 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                 f"input_values hold NaN or infinite values in rows {bad.nonzero()[:, 0].tolist()} "
                 "of the batch. Mask those regions (region_mask) or leave those scans out."
             )
-        """Positions (batch or 1, regions, hidden) of float32 precision, in the blocks' dtype."""
+        return values, coordinates, region_mask, time_mask
 
     def _positions(self, coordinates):
-        """Positions (batch or 1, regions, hidden), computed in float32, in the blocks' precision."""
+        """Positions (batch or 1, regions, hidden) of float32 precision, in the blocks' dtype."""
         return self.positions(coordinates).to(self.to_code.weight.dtype)
 
     def _encode(self, values, coordinates, region_mask, time_mask):
@@ -383,8 +383,9 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                 f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at "
                 f"most {config.num_patches} patches."
             )
-        standardized = self.projection.standardize(text_embeds)
-        hidden = self.from_text(standardized.to(self.from_text.weight.dtype))
+        # Whitened: text has a few directions of large variance, and codes would drown in them.
+        whitened = self.text_moments(self.projection.standardize(text_embeds))
+        hidden = self.from_text(whitened.to(self.from_text.weight.dtype))
         hidden = hidden.view(batch, -1, per_patch, config.hidden_size)
         patch_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         positions = self._positions(coordinates)

@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cortexicon.evaluation.probes import capped_share
 from cortexicon.inference import load_checkpoint
 from cortexicon.modeling import AVQModel
 from cortexicon.modeling.losses_avq import reversal_strength
@@ -119,7 +117,7 @@ def train(arguments: AlignArguments, run: Run) -> int:
     # The same codec in the new text space, and how it stands before any training.
     code_counts = count_codes(before, scans, arguments.batch_size)
     model = move_to_text_space(
-        before, table, capped_share(counts.numpy()), code_counts, arguments.language_model
+        before, table, text_domain.share, code_counts, arguments.language_model
     )
     kept = {name: value.clone() for name, value in model.state_dict().items() if not _is_new(name)}
     for name, parameter in model.named_parameters():
@@ -189,6 +187,9 @@ def train(arguments: AlignArguments, run: Run) -> int:
                 reconstruction_loss=out.reconstruction_loss,
                 domain_loss=out.domain_loss,
                 domain_accuracy=out.domain_accuracy,
+                moment_loss=out.moment_loss,
+                energy_loss=out.energy_loss,
+                neighbour_loss=out.neighbour_loss,
                 reversal_strength=strength,
                 lr=rate,
                 grad_norm=gradient,
@@ -251,20 +252,20 @@ def token_counts(arguments: AlignArguments, rows: int, tokenizer: Any) -> torch.
 
 
 @torch.no_grad()
-def count_codes(codec: AVQModel, scans: PreparedScans, batch_size: int) -> np.ndarray:
+def count_codes(codec: AVQModel, scans: PreparedScans, batch_size: int) -> torch.Tensor:
     """Occurrences of each code in the whole windows of `scans`, int64 (codes,)."""
     counts = torch.zeros(codec.config.num_codes, dtype=torch.int64)
     for batch in whole_windows(scans, codec.config.window_length, batch_size):
         output: Any = codec.encode(**batch)
         counts += torch.bincount(output.codes[output.token_mask], minlength=len(counts))
-    return counts.numpy()
+    return counts
 
 
 def move_to_text_space(
     codec: AVQModel,
     table: torch.Tensor,
-    text_share: np.ndarray,
-    code_counts: np.ndarray,
+    text_share: torch.Tensor,
+    code_counts: torch.Tensor,
     model_id: str,
 ) -> AVQModel:
     """The codec in another language model's text space, its codes and what decodes them unchanged.
@@ -274,8 +275,10 @@ def move_to_text_space(
     codec : AVQModel
     table : float32, shape (types, width)
         The other model's input embeddings; `width` may differ from the codec's.
-    text_share, code_counts : float, shapes (types,) and (codes,)
-        Weights of types and codes.
+    text_share : float64, shape (types,)
+        Frequencies of types in real text, sum 1.
+    code_counts : int64, shape (codes,)
+        Occurrences of codes in scans.
     model_id : str
 
     Returns
@@ -285,12 +288,13 @@ def move_to_text_space(
     """
     config = copy.deepcopy(codec.config)
     config.text_width = table.shape[1]
+    config.domain_gradient = "both"  # of what it reaches, P alone still learns
     model = AVQModel(config)
     model.load_state_dict(
         {name: value for name, value in codec.state_dict().items() if not _is_new(name)},
         strict=False,
     )
-    model.set_text_space(table, model_id)
+    model.set_text_space(table, model_id, text_share)
     match_moments(codec, model, table, text_share, code_counts)
     return model.eval()
 
@@ -300,8 +304,8 @@ def match_moments(
     codec: AVQModel,
     model: AVQModel,
     table: torch.Tensor,
-    text_share: np.ndarray,
-    code_counts: np.ndarray,
+    text_share: torch.Tensor,
+    code_counts: torch.Tensor,
 ) -> None:
     """Start `model`'s P and read-in: mean and covariance of text, and what `codec`'s decoder heard.
 
@@ -316,7 +320,9 @@ def match_moments(
     kept = z_values > 1e-8 * z_values[0]
     spread = z_vectors[:, kept] * z_values[kept].sqrt()  # (old width, rank): y -> z
     whiten = (z_vectors[:, kept] / z_values[kept].sqrt()).T  # (rank, old width): z -> y
-    read, offset = codec.from_text.weight.double(), codec.from_text.bias.double()
+    # The decoder reads whitened embeddings, see AVQModel._decode.
+    read = codec.from_text.weight.double() @ codec.text_moments.whitening.double()
+    offset = codec.from_text.bias.double() - read @ codec.text_moments.mean.double()
     effect, strength, turn = torch.linalg.svd(read @ spread, full_matrices=False)
     count = min(len(strength), table.shape[1])
     effect, strength, turn = effect[:, :count], strength[:count], turn[:count]
@@ -333,16 +339,16 @@ def match_moments(
     new.up.load_state_dict(old.up.state_dict())
     new.down.weight.copy_(carry @ old.down.weight.double())
     new.down.bias.zero_()
-    model.from_text.weight.copy_(back)
-    model.from_text.bias.copy_(offset + read @ z_mean - back @ text_mean)
+    whitening, mean = model.text_moments.whitening.double(), model.text_moments.mean.double()
+    model.from_text.weight.copy_(torch.linalg.solve(whitening, back.T).T)
+    model.from_text.bias.copy_(offset + read @ z_mean + back @ (mean - text_mean))
 
 
 def _moments(
-    rows: torch.Tensor, weights: np.ndarray
+    rows: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weighted mean (width,), and principal variances (width,) and axes in columns, descending."""
-    share = torch.from_numpy(np.asarray(weights, dtype=np.float64))
-    share = share / share.sum()
+    share = weights.double() / weights.sum()
     mean = share @ rows
     values, vectors = torch.linalg.eigh(((rows - mean) * share[:, None]).T @ (rows - mean))
     return mean, values.flip(0).clamp(min=0), vectors.flip(1)

@@ -63,8 +63,8 @@ def other_table(width: int) -> torch.Tensor:
 @pytest.mark.parametrize("layout", ["latent", "grid"])
 def test_the_start_decodes_as_before_with_the_moments_of_the_new_text(width, layout):
     codec = tiny_codec(token_layout=layout)
-    table, share = other_table(width), np.full(TYPES, 1 / TYPES)
-    counts = np.random.default_rng(0).integers(1, 20, 64)
+    table, share = other_table(width), torch.full((TYPES,), 1 / TYPES).double()
+    counts = torch.from_numpy(np.random.default_rng(0).integers(1, 20, 64))
     moved = move_to_text_space(codec, table, share, counts, "new")
     windows = torch.randn(5, 20, 10)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_the_start_decodes_as_before_with_the_moments_of_the_new_text(width, lay
         rows = moved.project_codebook()
     assert torch.equal(before.codes, after.codes)
     torch.testing.assert_close(after.reconstruction, before.reconstruction, atol=2e-4, rtol=1e-3)
-    weights = torch.from_numpy(counts / counts.sum()).float()
+    weights = counts / counts.sum()
     mean = weights @ rows
     torch.testing.assert_close(mean, table.mean(0), atol=1e-4, rtol=1e-3)
     covariance = ((rows - mean) * weights[:, None]).T @ (rows - mean)
@@ -88,11 +88,13 @@ def test_the_start_decodes_as_before_with_the_moments_of_the_new_text(width, lay
 
 def test_a_narrow_text_space_keeps_what_the_decoder_hears_most():
     codec = tiny_codec()
-    table, share = other_table(6), np.full(TYPES, 1 / TYPES)
-    moved = move_to_text_space(codec, table, share, np.ones(64), "new")
+    table, share = other_table(6), torch.full((TYPES,), 1 / TYPES).double()
+    moved = move_to_text_space(codec, table, share, torch.ones(64), "new")
     with torch.no_grad():
         heard, hears = (
-            model.from_text(model.projection.standardize(model.project_codebook()))
+            model.from_text(
+                model.text_moments(model.projection.standardize(model.project_codebook()))
+            )
             for model in (codec, moved)
         )
     lost = (hears - heard).square().sum() / (heard - heard.mean(0)).square().sum()
