@@ -32,6 +32,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 MOST_TRIES = 5
+MOST_BYTES = 4000  # of a message between processes
 STATE_FOLDERS = ("state", "state.old", "state.new")
 
 
@@ -57,24 +58,25 @@ def of_all_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Te
     return stacked.amax(0).cpu()
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set on any process; all must ask together."""
-    return bool(of_all_processes(accelerator, torch.tensor(int(flag))))
-
-
 def on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> None:
-    """Do `work` on the main process; where it fails there, every process stops with an error."""
+    """Do `work` on the main process; where it fails there, every process stops with its message.
+
+    NOTE: the first process that ends may take the others with it before they have said anything.
+    """
     failure: Exception | None = None
+    message = torch.zeros(1 + MOST_BYTES, dtype=torch.uint8)  # failed or not, and its text
     if accelerator.is_main_process:
         try:
             work()
         except Exception as error:
             failure = error
-    failed = any_process(accelerator, failure is not None)
+            text = str(error).encode()[:MOST_BYTES]
+            message[: 1 + len(text)] = torch.tensor([1, *text])
+    message = of_all_processes(accelerator, message)
     if failure is not None:
         raise failure
-    if failed:
-        raise TrainingError("The main process cannot go on; its message says why.")
+    if message[0]:
+        raise TrainingError(bytes(message[1:].tolist()).rstrip(b"\0").decode(errors="ignore"))
 
 
 # ------------------------------------------------------------------ signals
