@@ -78,7 +78,8 @@ def evaluate_cross_atlas(
         windows = dict(cohort_windows(extractor, target, chosen))
         for scan in reconstructed(of_source, source, [name for name in chosen if name in windows]):
             values = windows[scan.subject_id].reshape(-1, len(target.labels))
-            yield _pair(scan, values, values.any(axis=0))  # masked regions are 0 throughout
+            seen = np.asarray(values.any(axis=0))  # masked regions are 0 throughout
+            yield _pair(scan, values, seen)
 
     ways = CrossAtlas(source.coordinates, target.coordinates)
     ways.fit(pairs("train"), pairs("validation"))

@@ -138,7 +138,7 @@ def evaluate_atlases(
     model: AVQModel, atlases: list[AtlasScans], batch_size: int, limit: int, device
 ) -> dict[str, float]:
     """`evaluate` of every atlas; the keys of those after the primary one end in its name."""
-    values = {}
+    values: dict[str, float] = {}
     for number, one in enumerate(atlases):
         ending = f"_{one.atlas}" if number else ""
         scores = evaluate(model, one.validation, batch_size, limit, device)
