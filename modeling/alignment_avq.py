@@ -89,11 +89,12 @@ class TextSpace:
 
     def _seen_by_critics(self, quantized, text_embeds):
         """P(codes) with gradients to those parts alone that `domain_gradient` names."""
-        reached = self.config.domain_gradient
+        reached, share = self.config.domain_gradient, self.config.encoder_share
         if reached == "both":
-            return text_embeds
+            return self.projection(reverse_gradient(quantized, -share))
         if reached == "projection":
             return self.projection(quantized.detach())
+        quantized = reverse_gradient(quantized, -share)
         if reached == "encoder":
             frozen = {key: value.detach() for key, value in self.projection.named_parameters()}
             return torch.func.functional_call(self.projection, frozen, (quantized,))

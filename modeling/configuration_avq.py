@@ -87,6 +87,10 @@ class AVQConfig(PreTrainedConfig):
         Of the loss that keeps a code's neighbours its neighbours in text space.
     domain_gradient : {"both", "projection", "encoder", "none"}
         What the gradient of the alignment reaches: P and the encoder, one of them, or neither.
+    encoder_share : float
+        Strength of that gradient at the encoder, by its strength at P.
+    start_noise : float
+        Length of the noise that is added to unit codes in training until the codebook starts.
     revival_threshold : float
         A code is revived when its EMA count falls below this share of the mean count.
 
@@ -127,6 +131,7 @@ class AVQConfig(PreTrainedConfig):
     revival_interval: int = 20
     code_gradient: str = "straight_through"
     codebook_start_step: int | None = 200
+    start_noise: float | int = 0.0
     # text space and adversary
     text_width: int = 256
     text_model_id: str | None = None
@@ -142,6 +147,7 @@ class AVQConfig(PreTrainedConfig):
     energy_weight: float | int = 0.0
     neighbour_weight: float | int = 0.0
     domain_gradient: str = "both"
+    encoder_share: float | int = 1.0
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -190,6 +196,8 @@ class AVQConfig(PreTrainedConfig):
             "moment_weight",
             "energy_weight",
             "neighbour_weight",
+            "start_noise",
+            "encoder_share",
             "revival_threshold",
         ):
             self._check_number(name, 0.0, math.inf)

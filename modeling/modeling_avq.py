@@ -118,6 +118,7 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
             config.revival_interval,
             config.code_gradient,
             config.codebook_start_step,
+            config.start_noise,
         )
         self.projection = TextProjection(config)
         self.from_text = nn.Linear(config.text_width, width)

@@ -126,6 +126,9 @@ class AVQCodebook(nn.Module):
     It starts by `start`, or by itself at the first training forward after `start_step` of them:
     each code then begins as a revived one does.
 
+    Until then noise may stand for the quantisation to come: a channel of as few bits teaches the
+    encoder to spend them well, where one without noise would have to be unlearned.
+
     All state that changes a decision (counts, sums, clock, started or not) is a persistent buffer.
     """
 
@@ -138,9 +141,11 @@ class AVQCodebook(nn.Module):
         revival_interval,
         gradient="straight_through",
         start_step=None,
+        start_noise=0.0,
     ):
         super().__init__()
         self.start_step = start_step
+        self.start_noise = float(start_noise)
         self.pass_gradient = rotate if gradient == "rotation" else straight_through
         self.ema_decay = float(ema_decay)
         self.revival_threshold = float(revival_threshold)
@@ -179,6 +184,9 @@ class AVQCodebook(nn.Module):
         if not bool(self.initialized):
             # Before the k-means start training runs without quantisation, so that there is
             # something to cluster.
+            if self.training and self.start_noise:
+                noise = torch.randn_like(latents) / latents.shape[-1] ** 0.5
+                latents = F.normalize(latents + self.start_noise * noise, dim=-1)
             zero = latents.new_zeros(())
             codes = torch.zeros(latents.shape[:-1], dtype=torch.int64, device=latents.device)
             return QuantizerOutput(latents, codes, zero, zero, zero)
