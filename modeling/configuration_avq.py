@@ -91,6 +91,8 @@ class AVQConfig(PreTrainedConfig):
         Strength of that gradient at the encoder, by its strength at P.
     start_noise : float
         Length of the noise that is added to unit codes in training until the codebook starts.
+    position_size : int or None
+        Width of a region's position after the MLP; None: hidden_size.
     revival_threshold : float
         A code is revived when its EMA count falls below this share of the mean count.
 
@@ -122,6 +124,7 @@ class AVQConfig(PreTrainedConfig):
     decoder_layers: int = 3
     mixing_heads: int = 8
     position_features: int = 128
+    position_size: int | None = None
     position_wavelength: float | int = 60.0
     dropout: float | int = 0.0
     # the codebook
@@ -173,6 +176,8 @@ class AVQConfig(PreTrainedConfig):
             "classifier_hidden_size",
             "revival_interval",
         ]
+        if self.position_size is not None:
+            positive.append("position_size")
         for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:

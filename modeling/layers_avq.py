@@ -7,8 +7,16 @@ import torch.nn.functional as F
 from torch import nn
 
 
+def position_size(config) -> int:
+    """Width of a region's position; hidden_size where the configuration leaves it open."""
+    return config.position_size or config.hidden_size
+
+
 class RegionPositions(nn.Module):
-    """Fourier features + MLP of MNI coordinates in mm: (batch or 1, regions, 3 -> hidden)."""
+    """Fourier features + MLP of MNI coordinates in mm: (batch or 1, regions, 3 -> position_size).
+
+    The width bounds how many different maps of the regions the mixing can hold.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -18,7 +26,7 @@ class RegionPositions(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(2 * config.position_features + 3, config.hidden_size),
             nn.GELU(),
-            nn.Linear(config.hidden_size, config.hidden_size),
+            nn.Linear(config.hidden_size, position_size(config)),
             nn.GELU(),
         )
 
@@ -39,7 +47,7 @@ class RegionsToLatents(nn.Module):
     def __init__(self, config, in_features):
         super().__init__()
         self.heads, self.latents = config.mixing_heads, config.num_latents
-        self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
+        self.weight = nn.Linear(position_size(config), self.heads * self.latents)
         self.out = nn.Linear(in_features * self.heads, config.hidden_size)
 
     def forward(self, values, positions, region_mask):
@@ -61,7 +69,7 @@ class LatentsToRegions(nn.Module):
         super().__init__()
         self.heads, self.latents = config.mixing_heads, config.num_latents
         self.value = nn.Linear(config.hidden_size, self.heads * out_features)
-        self.weight = nn.Linear(config.hidden_size, self.heads * self.latents)
+        self.weight = nn.Linear(position_size(config), self.heads * self.latents)
         self.bias = nn.Parameter(torch.zeros(out_features))
 
     def forward(self, latents, positions):
