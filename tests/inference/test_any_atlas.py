@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from cortexicon.cli import main
-from cortexicon.cohorts import ParcelSeries, cohort_from_series, load_cohort, save_cohort
+from cortexicon.cohorts import (
+    ParcelSeries,
+    Split,
+    cohort_from_series,
+    load_cohort,
+    save_cohort,
+)
 from cortexicon.inference import InferenceError, fit_to_atlas, load_checkpoint, read_codes
 
 from .conftest import make_codec, save_checkpoint
@@ -131,3 +137,23 @@ def test_scores_in_another_parcellation(folders):
     assert scores["atlas"] == "fine"
     assert scores["tokens_per_window"] == (14 if grid else 8)
     assert scores["num_subjects"] == 3
+
+
+def test_the_split_of_the_other_atlas_serves(folders, cohort, capsys):
+    parts = {"train": ["a", "c"], "validation": ["d"], "test": ["b", "e", "f"]}
+    Split("holdout", [parts], cohort.content_hash).save(folders / "split.json")
+    out = folders / "scores.json"
+    words = ("evaluate", folders / "checkpoint", folders / "fine", "--json", out, "--any-atlas")
+    assert run(*words, "--split", folders / "split.json") == 0
+    scores = json.loads(out.read_text())
+    assert set(scores["r2_per_subject"]) == {"b", "e"}
+    assert scores["connectivity"]["num_training_scans"] == 1
+    assert "3 of the split's subjects" in capsys.readouterr().err
+    codes = folders / "codes.parquet"
+    words = ("encode", folders / "checkpoint", folders / "fine", "--out", codes, "--any-atlas")
+    assert run(*words, "--split", folders / "split.json") == 0
+    assert [scan.subject_id for scan in read_codes(codes).scans] == ["b", "e"]
+    others = {"train": ["x"], "validation": ["y"], "test": ["z"]}
+    Split("holdout", [others], "0" * 64).save(folders / "others.json")
+    assert run(*words, "--split", folders / "others.json") == 2
+    assert "none of its subject ids" in capsys.readouterr().err
