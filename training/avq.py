@@ -175,12 +175,14 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
 
 def weighted_alignment(model: AVQModel, out: AVQOutput) -> torch.Tensor:
     """The part of the loss that is there for the alignment, scalar."""
-    loss = model.config.domain_weight * out.domain_loss
-    if out.moment_loss is not None:
-        loss = loss + model.config.moment_weight * out.moment_loss
-    if out.energy_loss is not None:
-        loss = loss + model.config.energy_weight * out.energy_loss
-    return loss
+    config = model.config
+    terms = (
+        (config.domain_weight, out.domain_loss),
+        (config.moment_weight, out.moment_loss),
+        (config.energy_weight, out.energy_loss),
+    )
+    weighted = [weight * loss for weight, loss in terms if loss is not None]
+    return torch.stack(weighted).sum()
 
 
 def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
@@ -221,7 +223,7 @@ def train(arguments: AVQArguments, run: Run) -> int:
     main_process = accelerator.is_main_process
 
     # The cohort, its split, and the text side.
-    cohort, split, parts = load_fold(arguments)
+    cohort, split, people = load_fold(arguments)
     text_folder = Path(arguments.text_model)
     if not (text_folder / "token_counts.safetensors").is_file():
         raise TrainingError(
@@ -251,7 +253,7 @@ def train(arguments: AVQArguments, run: Run) -> int:
         text_tokenizer, config.num_codes, config.num_connectivity_codes
     )
     processor = AVQProcessor(extractor, tokenizer, tokens_per_window=config.tokens_per_window)
-    atlases = prepare_atlases(cohort, arguments.more_cohorts, parts, extractor, not main_process)
+    atlases = prepare_atlases(cohort, arguments.more_cohorts, people, extractor, not main_process)
     turns = Turns(atlases, arguments.seed, arguments.paired_decoding > 0)
 
     optimizer = torch.optim.AdamW(
