@@ -57,7 +57,7 @@ def prepare_scans(*values, **keywords):
 atlases.prepare_scans = prepare_scans
 code = main(sys.argv[3:])
 save_file({k: v.clone() for k, v in models[0].state_dict().items()}, folder / f"{rank}.safetensors")
-facts = {"revived": sum(revived), "refused": refused, "code": code}
+facts = {"revived": sum(revived), "refused": sorted(set(refused)), "code": code}
 (folder / f"{rank}.json").write_text(json.dumps(facts))
 sys.exit(code)
 """
@@ -183,6 +183,7 @@ def test_another_number_of_processes_is_refused(run, tmp_path, together):
     (tmp_path / "avq").mkdir()
     facts = callbacks.run_facts(together / "avq")
     facts["processes"] = 3
+    del facts["seconds"]  # it did not end
     facts["arguments"]["output"] = str(tmp_path / "avq")
     (tmp_path / "avq/run.json").write_text(json.dumps(facts), encoding="utf-8")
     code, output = ended(start(tmp_path, config, "--resume"))
