@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from .probes import (
     probe_alignment,
     text_types,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Rows in the order of the table; the first is the codec that is judged.
 ROWS = {
@@ -172,62 +175,63 @@ def render_alignment(
     result: Mapping[str, Any],
     path: Path,
 ) -> Path:
-    """Draw text rows and P(codes) in the text's first two principal components, as a PNG.
+    """Draw text rows and P(codes) along the text's principal components, as a PNG.
 
-    One panel per codec, adversary off on the left. What lies outside is counted, not hidden.
+    One panel per codec, adversary off on the left; one codec alone gets a second panel of
+    components 3 and 4. What lies outside is counted, not hidden.
     """
     from matplotlib import rc_context
 
-    from .rendering import BLUE, DOTS_PER_INCH, ORANGE, STYLE, finish, new_figure
+    from .rendering import DOTS_PER_INCH, STYLE, new_figure
 
     text, share = text_types(text_table, text_counts)
     weights = torch.from_numpy(share).to(text)
     mean = weights @ text
     centred = text - mean
     values, vectors = torch.linalg.eigh((centred * weights[:, None]).T @ centred)
-    axes_of_text = vectors[:, -2:].flip(-1) / values[-2:].flip(-1).clamp(min=1e-12).sqrt()
-    explained = values[-2:].flip(-1) / values.sum()
+    values, vectors = values.flip(0), vectors.flip(1)  # the largest first
 
     names = [name for name in ("adversary_off", "not_reversed", "codes") if name in codecs]
+    shown = [(name, 0) for name in names] if len(names) > 1 else [("codes", 0), ("codes", 2)]
     with rc_context(STYLE):
-        figure, (panels,) = new_figure(10.4 / max(2, len(names)), 1, max(2, len(names)))
-        for panel in panels[len(names) :]:
-            panel.set_visible(False)
-        generator = np.random.default_rng(0)
-        limit = 4.5
-        for panel, name in zip(panels, names, strict=False):
+        figure, (panels,) = new_figure(10.0 / len(shown) + 0.4, 1, len(shown))
+        for panel, (name, first) in zip(panels, shown, strict=True):
             counts = as_numpy(codecs[name].counts).astype(np.float64)
-            for rows, chance, colour, label in (
-                (text, share, BLUE, "text tokens"),
-                (codecs[name].projected, counts / counts.sum(), ORANGE, "codes"),
-            ):
-                # Drawn as the probes' batches are: a point is an occurrence, not a type.
-                drawn = generator.choice(len(rows), SHOWN_POINTS, p=chance)
-                found = (torch.as_tensor(rows)[drawn].detach().float() - mean) @ axes_of_text
-                found = found.numpy()
-                outside = (np.abs(found) > limit).any(1).mean()
-                note = f", {outside:.0%} outside" if outside >= 0.005 else ""
-                panel.scatter(
-                    *found.T, s=3, color=colour, alpha=0.3, linewidths=0, label=label + note
-                )
-            panel.set_xlim(-limit, limit)
-            panel.set_ylim(-limit, limit)
-            panel.set_aspect("equal")
-            accuracy = result["rows"][name]["mlp"]["accuracy"]
+            two = vectors[:, first : first + 2] / values[first : first + 2].sqrt()
+            clouds = [
+                ((torch.as_tensor(rows).detach().float() - mean) @ two, chance)
+                for rows, chance in ((text, share), (codecs[name].projected, counts / counts.sum()))
+            ]
             title = ROWS[name].removeprefix("(d) ").removeprefix("(e) ")
-            finish(
-                panel,
-                f"{title}: MLP probe {accuracy:.0%}",
-                f"text PC 1, {explained[0]:.0%} of variance (SD)",
-                f"text PC 2, {explained[1]:.0%} (SD)",
-                legend=False,
-            )
-            legend = panel.legend(loc="upper right", markerscale=3)
-            for handle in legend.legend_handles:
-                handle.set_alpha(1.0)
+            accuracy = result["rows"][name]["mlp"]["accuracy"]
+            _scatter(panel, clouds, f"{title}: MLP probe {accuracy:.0%}")
+            explained = values[first : first + 2] / values.sum()
+            panel.set_xlabel(f"PC {first + 1} of text, {explained[0]:.0%} of variance (SD)")
+            panel.set_ylabel(f"PC {first + 2} of text, {explained[1]:.0%} (SD)")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=DOTS_PER_INCH)
     return path
+
+
+def _scatter(panel: Axes, clouds: list[tuple[torch.Tensor, np.ndarray]], title: str) -> None:
+    """Text and codes in one panel, drawn as the probes' batches are: by weight, with repeats."""
+    from .rendering import BLUE, ORANGE, finish
+
+    generator = np.random.default_rng(0)
+    limit = 3.8
+    for (points, chance), colour, label in zip(
+        clouds, (BLUE, ORANGE), ("text tokens", "codes"), strict=True
+    ):
+        drawn = points[generator.choice(len(points), SHOWN_POINTS, p=chance)].numpy()
+        outside = (np.abs(drawn) > limit).any(1).mean()
+        label += f", {outside:.0%} outside" if outside >= 0.005 else ""
+        panel.scatter(*drawn.T, s=3, color=colour, alpha=0.3, linewidths=0, label=label)
+    panel.set_xlim(-limit, limit)
+    panel.set_ylim(-limit, limit)
+    panel.set_aspect("equal")
+    finish(panel, title, "", "", legend=False)
+    for handle in panel.legend(loc="upper right", markerscale=3).legend_handles:
+        handle.set_alpha(1.0)
 
 
 def _copies(code_counts: Any, text_table: Any, text_counts: Any, seed: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ MIN_ROWS = 20
 CAP = 0.005  # no type gets more of a domain's mass
 TRAIN, STOP, TEST = 0, 1, 2
 SHARES = (0.4, 0.2, 0.4)  # of types: two equal halves, and a third part for early stopping
-STEPS, BATCH, CHECK_EVERY, ITERATIONS = 400, 256, 20, 40
+STEPS, BATCH, CHECK_EVERY, ITERATIONS, PATIENCE = 400, 256, 20, 40, 8
 
 
 class _Domain(NamedTuple):
@@ -257,13 +257,14 @@ def _fit(name: str, parts: list[_Part], generator: np.random.Generator) -> float
     train, stop, test = parts
     probe = _new_probe(name, train)
     updates = _adam(probe, train, generator) if name == "mlp" else _lbfgs(probe, train)
-    best, best_accuracy = {}, -1.0
+    best, best_accuracy, waited = {}, -1.0, 0
     for _ in updates:  # each leaves the probe a little further trained
         accuracy = _accuracy(probe, stop)
+        waited += 1
         if accuracy > best_accuracy:
-            best_accuracy = accuracy
+            best_accuracy, waited = accuracy, 0
             best = {key: value.clone() for key, value in probe.state_dict().items()}
-        if accuracy > 1 - 1e-6:
+        if accuracy > 1 - 1e-6 or waited == PATIENCE:
             break
     probe.load_state_dict(best)
     return _accuracy(probe, test)
