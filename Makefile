@@ -3,6 +3,7 @@
 # make lint    ruff and mypy
 # make ablations         the cells of training/configs/ablations that have no result yet (JOBS= at once)
 # make ablations-report  their tables in evaluation/RESULTS.md
+# make bench   cost of the codec beside a plain transformer (CODEC= a checkpoint or a configuration)
 # PYTHON=      the interpreter that creates .venv when there is none
 
 PYTHON ?= python3
@@ -38,7 +39,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n '1,6p' Makefile | sed 's/^# //'
+	@sed -n '1,7p' Makefile | sed 's/^# //'
 
 install: $(STAMP)
 
@@ -76,6 +77,12 @@ ablations: $(STAMP)
 
 ablations-report: $(STAMP)
 	$(CLI) ablate $(CELLS) --report
+
+.PHONY: bench
+CODEC ?= training/configs/abide_avq.yaml
+
+bench: $(STAMP)
+	$(CLI) speed $(CODEC) --json runs/speed/$(basename $(notdir $(CODEC))).json
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

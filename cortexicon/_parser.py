@@ -190,6 +190,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--json", type=Path, required=True, help="file of scores to write")
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
 
+    command = commands.add_parser(
+        "speed", help="cost of a codec beside a plain transformer over all regions and patches"
+    )
+    command.add_argument(
+        "codec", metavar="CHECKPOINT_OR_CONFIG", type=Path, help="checkpoint folder or YAML file"
+    )
+    command.add_argument("--json", type=Path, default=None, help="file of figures to write")
+    command.add_argument(
+        "--regions", type=int, default=200, help="regions, for a config (default: 200)"
+    )
+    command.add_argument("--batch-size", type=int, default=None, help="windows per step")
+    command.add_argument("--repeats", type=int, default=3, help="turns of each system")
+    command.add_argument("--threads", type=int, default=1, help="threads on CPU (default: 1)")
+
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
 

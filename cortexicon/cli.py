@@ -78,6 +78,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "alignment": _alignment,
         "align": _align,
         "left-out-sites": _left_out_sites,
+        "speed": _speed,
         "report": _report,
         "info": _info,
     }[command]
@@ -383,6 +384,23 @@ def _left_out_sites(arguments: argparse.Namespace) -> None:
         arguments.batch_size,
     )
     print(f"scores -> {arguments.json}")
+
+
+def _speed(arguments: argparse.Namespace) -> None:
+    from cortexicon._speed import measure_codec
+
+    if arguments.codec.is_dir():
+        from cortexicon.inference import load_checkpoint
+
+        config = load_checkpoint(arguments.codec).codec.config
+    else:
+        from cortexicon.modeling import AVQConfig
+        from cortexicon.training.arguments import load_arguments
+        from cortexicon.training.avq import AVQArguments
+
+        config = AVQConfig(**load_arguments(AVQArguments, [str(arguments.codec)]).model)
+    names = ("regions", "batch_size", "repeats", "threads")
+    measure_codec(config, arguments.json, **{name: getattr(arguments, name) for name in names})
 
 
 def _report(arguments: argparse.Namespace) -> None:
