@@ -7,6 +7,7 @@ this file knows every room.
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortexicon._parser import build_parser
@@ -394,13 +395,25 @@ def _speed(arguments: argparse.Namespace) -> None:
 
         config = load_checkpoint(arguments.codec).codec.config
     else:
+        from transformers import AutoConfig
+
         from cortexicon.modeling import AVQConfig
         from cortexicon.training.arguments import load_arguments
         from cortexicon.training.avq import AVQArguments
 
-        config = AVQConfig(**load_arguments(AVQArguments, [str(arguments.codec)]).model)
-    names = ("regions", "batch_size", "repeats", "threads")
-    measure_codec(config, arguments.json, **{name: getattr(arguments, name) for name in names})
+        given = load_arguments(AVQArguments, [str(arguments.codec)])
+        values = dict(given.model)
+        if Path(given.text_model, "config.json").is_file():
+            values["text_width"] = AutoConfig.from_pretrained(given.text_model).hidden_size
+        config = AVQConfig(**values)
+    measure_codec(
+        config,
+        arguments.json,
+        regions=arguments.regions,
+        batch_size=arguments.batch_size,
+        repeats=arguments.repeats,
+        threads=arguments.threads,
+    )
 
 
 def _report(arguments: argparse.Namespace) -> None:

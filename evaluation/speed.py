@@ -229,7 +229,7 @@ def compare_speed(
         "num_codes": config.num_codes,
         "hidden_size": config.hidden_size,
         "blocks": [config.encoder_layers, config.decoder_layers],
-        "regions": len(config.region_coordinates),
+        "regions": len(config.region_coordinates or ()),
         "batch_size": batch_size,
         "repeats": repeats,
         "threads": threads,
@@ -333,7 +333,7 @@ def _copy_config(config: AVQConfig, **changes: Any) -> AVQConfig:
 def _tokens(name: str, config: AVQConfig) -> int:
     if name == CODEC:
         return config.tokens_per_window
-    return config.num_patches * len(config.region_coordinates)
+    return config.num_patches * len(config.region_coordinates or ())
 
 
 def _ratios(codec: dict[str, float], rival: dict[str, float]) -> dict[str, float]:
