@@ -406,14 +406,8 @@ def _speed(arguments: argparse.Namespace) -> None:
         if Path(given.text_model, "config.json").is_file():
             values["text_width"] = AutoConfig.from_pretrained(given.text_model).hidden_size
         config = AVQConfig(**values)
-    measure_codec(
-        config,
-        arguments.json,
-        regions=arguments.regions,
-        batch_size=arguments.batch_size,
-        repeats=arguments.repeats,
-        threads=arguments.threads,
-    )
+    numbers = (arguments.regions, arguments.batch_size, arguments.repeats, arguments.threads)
+    measure_codec(config, arguments.json, *numbers)
 
 
 def _report(arguments: argparse.Namespace) -> None:
