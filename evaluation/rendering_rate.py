@@ -70,14 +70,15 @@ def draw_rate_distortion(table: Mapping[str, Any]) -> Figure:
             codecs = [row for row in rows if row["learned"]]
             _points(axes, codecs, *_CODEC[layout], linestyle="")
             for row in codecs:
+                # A long name runs out of the panel; it must not squeeze it.
                 axes.annotate(
-                    row["system"],
+                    Path(row["system"]).name,
                     (row["bits_per_second"], row["r2"]),
                     (6, -9),
                     textcoords="offset points",
                     fontsize=7,
                     color=INK,
-                )
+                ).set_in_layout(False)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_ylim(min(0.0, *(row["r2"] for row in part["rows"])), 1.0)
