@@ -225,13 +225,16 @@ def _scatter(panel: Axes, clouds: list[tuple[torch.Tensor, np.ndarray]], title: 
         drawn = points[generator.choice(len(points), SHOWN_POINTS, p=chance)].numpy()
         outside = (np.abs(drawn) > limit).any(1).mean()
         label += f", {outside:.0%} outside" if outside >= 0.005 else ""
-        panel.scatter(*drawn.T, s=3, color=colour, alpha=0.3, linewidths=0, label=label)
+        panel.scatter(
+            drawn[:, 0], drawn[:, 1], s=3, color=colour, alpha=0.3, linewidths=0, label=label
+        )
     panel.set_xlim(-limit, limit)
     panel.set_ylim(-limit, limit)
     panel.set_aspect("equal")
     finish(panel, title, "", "", legend=False)
     for handle in panel.legend(loc="upper right", markerscale=3).legend_handles:
-        handle.set_alpha(1.0)
+        if handle is not None:
+            handle.set_alpha(1.0)
 
 
 def _copies(code_counts: Any, text_table: Any, text_counts: Any, seed: int) -> torch.Tensor:
