@@ -280,7 +280,7 @@ def _windows_per_second(
 ) -> float:
     """Windows that `encode` takes in per second: the median batch, after one to warm up."""
     batch = torch.from_numpy(np.concatenate([windows for _, windows in test])[:batch_size])
-    coordinates = torch.from_numpy(np.asarray(cohort.coordinates, np.float32))[None]
+    coordinates = torch.tensor(cohort.coordinates, dtype=torch.float32)[None]
     seconds = []
     for _ in range(1 + _TIMED_BATCHES):
         start = time.perf_counter()

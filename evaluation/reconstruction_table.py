@@ -160,7 +160,6 @@ def plain_rows(
             "system": f"{row['system']}, patch {plain.patch_length}",
             "layout": plain.layout,
             "learned": False,
-            "cost": {"seconds": row["seconds"]},
         }
     return rows
 
@@ -309,13 +308,13 @@ def _line(row: Mapping[str, Any]) -> str:
         number(kept["full"], 3),
         number(kept.get("deviation"), 3),
         f"{percent(row['codebook']['usage'])} of {row['codebook']['num_codes']}",
-        _cost(row["cost"]),
+        _cost(row.get("cost", {})),
     ]
     return "| " + " | ".join(cells) + " |"
 
 
 def _cost(cost: Mapping[str, Any]) -> str:
-    """What a row took, in the units it was measured in."""
+    """What a codec took, in the units it was measured in; rows that learn nothing tell none."""
     parts = []
     if cost.get("parameters") is not None:
         parts.append(f"{cost['parameters'] / 1e6:.2f} M parameters")
@@ -323,6 +322,4 @@ def _cost(cost: Mapping[str, Any]) -> str:
         parts.append(f"{cost['training_seconds']:.0f} s training")
     if cost.get("windows_per_second") is not None:
         parts.append(f"encodes {cost['windows_per_second']:.0f} windows / s")
-    if cost.get("seconds") is not None:
-        parts.append(f"{cost['seconds']:.0f} s in all")
-    return ", ".join(parts)
+    return ", ".join(parts) or "–"
