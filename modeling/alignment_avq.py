@@ -4,7 +4,8 @@ import hashlib
 
 import torch
 
-from .configuration_avq import ConfigurationError
+from .configuration_avq import AVQConfig, ConfigurationError
+from .layers_avq import DomainClassifier, TextMoments, TextProjection
 from .losses_avq import (
     domain_loss,
     energy_loss,
@@ -13,10 +14,17 @@ from .losses_avq import (
     reverse_gradient,
     thin,
 )
+from .quantization_avq import AVQCodebook
 
 
 class TextSpace:
     """Methods of `AVQModel` on its parts `projection`, `classifier`, `text_moments`."""
+
+    config: AVQConfig
+    projection: TextProjection
+    classifier: DomainClassifier
+    text_moments: TextMoments
+    quantizer: AVQCodebook
 
     def project_codebook(self) -> torch.Tensor:
         """P(codebook), float32 (num_codes, text_width): the LLM's rows of codes, bit for bit."""
