@@ -73,7 +73,8 @@ class TextSpace:
         for the moments, which take all codes.
         """
         rows = min(len(code_embeddings), len(text_embeddings))
-        codes = self.projection.standardize(thin(code_embeddings, rows))
+        every = self.projection.standardize(code_embeddings)
+        codes = thin(every, rows)
         text = self.projection.standardize(thin(text_embeddings, rows).detach())
         losses = {}
         losses["domain_loss"], losses["domain_accuracy"] = domain_loss(
@@ -81,14 +82,25 @@ class TextSpace:
         )
         # They follow the schedule of the reversal, so that the codec finds its feet first.
         if self.config.moment_weight:
-            every = reverse_gradient(self.projection.standardize(code_embeddings), -abs(reversal))
             losses["moment_loss"] = moment_loss(
-                self.text_moments(every), self.text_moments.covariance
+                self.text_moments(reverse_gradient(every, -abs(reversal))),
+                self.text_moments.covariance,
             )
         if self.config.energy_weight:
             few = reverse_gradient(thin(codes, 512), -abs(reversal))
             losses["energy_loss"] = energy_loss(few, thin(text, 512))
         return losses
+
+    def weighted_alignment(self, losses) -> torch.Tensor:
+        """Sum of the `alignment_losses` in a mapping, each by its weight in the configuration."""
+        config = self.config
+        weights = {
+            "domain_loss": config.domain_weight,
+            "moment_loss": config.moment_weight,
+            "energy_loss": config.energy_weight,
+        }
+        terms = [weight * losses[name] for name, weight in weights.items() if name in losses]
+        return torch.stack(terms).sum()
 
     def neighbour_loss(self, codes, most: int = 768):
         """How far P moves the neighbours of the codes that a batch holds; reaches P alone."""
@@ -98,15 +110,15 @@ class TextSpace:
     def _seen_by_critics(self, quantized, text_embeds):
         """P(codes) with gradients to those parts alone that `domain_gradient` names."""
         reached, share = self.config.domain_gradient, self.config.encoder_share
-        if reached == "both":
-            return self.projection(reverse_gradient(quantized, -share))
+        if reached == "none":
+            return text_embeds.detach()
         if reached == "projection":
             return self.projection(quantized.detach())
         quantized = reverse_gradient(quantized, -share)
-        if reached == "encoder":
-            frozen = {key: value.detach() for key, value in self.projection.named_parameters()}
-            return torch.func.functional_call(self.projection, frozen, (quantized,))
-        return text_embeds.detach()
+        if reached == "both":
+            return self.projection(quantized)
+        frozen = {key: value.detach() for key, value in self.projection.named_parameters()}
+        return torch.func.functional_call(self.projection, frozen, (quantized,))
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:

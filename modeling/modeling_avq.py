@@ -254,10 +254,7 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
                 text_embeddings,
                 reversal,
             )
-            for name in ("domain", "moment", "energy"):
-                if f"{name}_loss" in alignment:
-                    weight = getattr(config, f"{name}_weight")
-                    loss = loss + weight * alignment[f"{name}_loss"]
+            loss = loss + self.weighted_alignment(alignment)
             parts |= alignment
             if config.neighbour_weight and bool(self.quantizer.initialized):
                 parts["neighbour_loss"] = self.neighbour_loss(quantized.codes[token_mask])

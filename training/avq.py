@@ -158,7 +158,7 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
         *model.to_code.parameters(),
     ]
     gradients = torch.autograd.grad(
-        weighted_alignment(model, out),
+        model.weighted_alignment(out),
         projection + encoder,
         retain_graph=True,
         allow_unused=True,
@@ -171,18 +171,6 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
         "domain_grad_norm_projection": norm(gradients[: len(projection)]),
         "domain_grad_norm_encoder": norm(gradients[len(projection) :]),
     }
-
-
-def weighted_alignment(model: AVQModel, out: AVQOutput) -> torch.Tensor:
-    """The part of the loss that is there for the alignment, scalar."""
-    config = model.config
-    terms = (
-        (config.domain_weight, out.domain_loss),
-        (config.moment_weight, out.moment_loss),
-        (config.energy_weight, out.energy_loss),
-    )
-    weighted = [weight * loss for weight, loss in terms if loss is not None]
-    return torch.stack(weighted).sum()
 
 
 def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
