@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from cortexicon import __version__
+from cortexicon._parser_data import add_data_commands
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,24 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    command = commands.add_parser("simulate", help="write a simulated cohort")
-    command.add_argument("--out", type=Path, required=True, help="folder to write")
-    command.add_argument("--num-subjects", type=int, default=None)
-    command.add_argument("--num-regions", type=int, default=None)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument(
-        "--effect", type=float, default=1.0, help="strength of age, sex and diagnosis; 0: none"
-    )
-
-    command = commands.add_parser("split", help="divide a cohort's subjects into parts")
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="split file to write (JSON)")
-    command.add_argument(
-        "--scheme",
-        choices=("holdout", "site_stratified", "leave_sites_out", "hash"),
-        default="holdout",
-    )
-    command.add_argument("--seed", type=int, default=0)
+    add_data_commands(commands)
 
     command = commands.add_parser("train", help="train the text model, the codec or the LLM")
     command.add_argument("what", choices=("text", "avq", "lm"))

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortexicon._parser import build_parser
+from cortexicon._parts import chosen, fold_parts
 
 if TYPE_CHECKING:
-    from cortexicon.cohorts import Cohort
     from cortexicon.inference import SkippedScan
 
 # What a missing module means for the user: the extra that brings it.
@@ -24,7 +24,11 @@ _EXTRA_OF = {
     "scipy": "io",
     "nibabel": "io",
     "nilearn": "io",
+    "joblib": "io",
     "tqdm": "io",
+    "dask": "dask",
+    "distributed": "dask",
+    "h5py": "mat73",
     "accelerate": "train",
     "peft": "train",
     "tokenizers": "train",
@@ -100,56 +104,6 @@ def user_message(error: Exception) -> str | None:
     if isinstance(error, OSError) or (ours and isinstance(error, ValueError)):
         return str(error)
     return None
-
-
-def _fold_parts(
-    arguments: argparse.Namespace, cohort: "Cohort", any_atlas: bool = False
-) -> dict[str, list[str]]:
-    """Parts of the fold asked for: name to subject ids.
-
-    With `any_atlas` the split may be of another cohort: of the same people in the checkpoint's own
-    atlas. Then the parts hold those of them whose scan is here and recommended.
-    """
-    from cortexicon.cohorts import CohortError, load_split
-
-    split = load_split(arguments.split, None if any_atlas else cohort)
-    if not 0 <= arguments.fold < len(split):
-        raise CohortError(
-            f"{arguments.split}: expected --fold in 0..{len(split) - 1}, found {arguments.fold}."
-        )
-    parts = dict(split[arguments.fold])
-    if split.cohort_hash == cohort.content_hash or not any_atlas:
-        return parts
-    table = cohort.participants
-    here = set(
-        table.index[table["recommended"].astype(bool)] if "recommended" in table else table.index
-    )
-    found = {part: [name for name in names if name in here] for part, names in parts.items()}
-    if not any(found.values()):
-        raise CohortError(
-            f"{arguments.split}: expected a split of the people of {arguments.cohort}, found none "
-            "of its subject ids there. Use the split that the checkpoint was trained on."
-        )
-    lost = sum(map(len, parts.values())) - sum(map(len, found.values()))
-    print(f"{lost} of the split's subjects have no recommended scan here", file=sys.stderr)
-    return found
-
-
-def _chosen(
-    arguments: argparse.Namespace, cohort: "Cohort", any_atlas: bool = False
-) -> list[str] | None:
-    """Subject ids of the part asked for, or None for everyone."""
-    if arguments.split is None:
-        return None
-    from cortexicon.cohorts import CohortError
-
-    parts = _fold_parts(arguments, cohort, any_atlas)
-    if arguments.part not in parts:
-        raise CohortError(
-            f"{arguments.split}: expected --part to be one of {', '.join(parts)}, "
-            f"found {arguments.part!r}."
-        )
-    return list(parts[arguments.part])
 
 
 def _name_skipped(skipped: "list[SkippedScan]") -> None:
@@ -232,7 +186,7 @@ def _encode(arguments: argparse.Namespace) -> None:
         checkpoint.codec,
         checkpoint.processor.feature_extractor,
         cohort,
-        _chosen(arguments, cohort, arguments.any_atlas),
+        chosen(arguments, cohort, arguments.any_atlas),
         arguments.batch_size,
         skipped,
     )
@@ -265,7 +219,7 @@ def _predict(arguments: argparse.Namespace) -> None:
     table = predict_cohort(
         arguments.checkpoint,
         cohort,
-        subject_ids=_chosen(arguments, cohort),
+        subject_ids=chosen(arguments, cohort),
         targets=arguments.targets,
     )
     table["fold"] = arguments.fold
@@ -288,7 +242,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.json,
         parts=None
         if arguments.split is None
-        else _fold_parts(arguments, cohort, arguments.any_atlas),
+        else fold_parts(arguments, cohort, arguments.any_atlas),
         fold=arguments.fold,
         baselines=arguments.baselines,
         predictions_folder=arguments.predictions or arguments.json.parent / "predictions",
@@ -302,7 +256,7 @@ def _reconstruction(arguments: argparse.Namespace) -> None:
     from cortexicon.cohorts import load_cohort, load_split
 
     cohort = load_cohort(arguments.cohort)
-    _fold_parts(arguments, cohort)
+    fold_parts(arguments, cohort)
     reconstruction_table(
         cohort,
         load_split(arguments.split, cohort),
@@ -328,7 +282,7 @@ def _cross_atlas(arguments: argparse.Namespace) -> None:
         load_checkpoint(arguments.checkpoint),
         source,
         load_cohort(arguments.target),
-        _fold_parts(arguments, source),
+        fold_parts(arguments, source),
         arguments.json,
         arguments.batch_size,
     )
@@ -349,7 +303,7 @@ def _alignment(arguments: argparse.Namespace) -> None:
         {name: folder for name, folder in checkpoints.items() if folder is not None},
         arguments.text_model,
         cohort,
-        _fold_parts(arguments, cohort),
+        fold_parts(arguments, cohort),
         arguments.json,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
