@@ -6,6 +6,7 @@ from .series import CohortError, ParcelSeries, SeriesHealth
 from .simulate import simulate_cohort
 from .splits import Split, load_split, make_split
 from .storage import save_cohort
+from .streaming import StreamedCohort, map_cohort, read_windows, series_views, stream_cohort
 
 __all__ = [
     "Cohort",
@@ -13,14 +14,19 @@ __all__ = [
     "ParcelSeries",
     "SeriesHealth",
     "Split",
+    "StreamedCohort",
     "build_cohort",
     "cohort_from_series",
     "load_cohort",
     "load_split",
     "make_split",
+    "map_cohort",
     "read_participants",
     "read_regions",
     "read_series",
+    "read_windows",
     "save_cohort",
+    "series_views",
     "simulate_cohort",
+    "stream_cohort",
 ]

@@ -7,12 +7,15 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .build import FIXED_COLUMNS, SERIES_COLUMN, Cohort, to_dataset
+from .build import Cohort, to_dataset
 from .series import CohortError, some
+from .shards import read_parquet, split_series
 from .tables import read_table, to_numbers
 
 FORMAT_VERSION = 1
@@ -95,10 +98,35 @@ def _write(cohort: Cohort, folder: Path, scans_per_shard: int) -> None:
     (folder / "cohort.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def load_prepared(path: Path) -> Cohort:
-    """Read a folder written by `save_cohort` and compare its content hash."""
+class Description(NamedTuple):
+    """What a prepared cohort's folder says about itself, read without its series.
+
+    Attributes
+    ----------
+    atlas, content_hash : str
+        As of `Cohort`.
+    regions : pandas.DataFrame
+        As of `Cohort`.
+    shards : list of pathlib.Path
+        Parquet files, in order.
+    """
+
+    atlas: str
+    content_hash: str
+    regions: pd.DataFrame
+    shards: list[Path]
+
+
+def describe_prepared(path: Path) -> Description:
+    """Read cohort.json and regions.tsv of a folder written by `save_cohort`.
+
+    Raises
+    ------
+    CohortError
+        Damage, another version of the format, or another number of shards than were written.
+    """
     try:
-        facts = json.loads((path / "cohort.json").read_text())
+        facts = json.loads((path / "cohort.json").read_text(encoding="utf-8"))
         known = facts["format"], facts["atlas"], facts["content_hash"], facts["num_shards"]
     except (ValueError, KeyError, TypeError) as error:
         raise CohortError(
@@ -118,48 +146,44 @@ def load_prepared(path: Path) -> Cohort:
             "Copy the folder again."
         )
     regions = read_table(path / "regions.tsv").reset_index(drop=True)
-    for name in ("x", "y", "z", "size"):
-        regions[name] = to_numbers(regions[name], path / "regions.tsv")
-    table = pa.concat_tables([read_parquet(shard) for shard in shards])
-    absent = [name for name in (*FIXED_COLUMNS, SERIES_COLUMN) if name not in table.column_names]
+    absent = [name for name in ("label", "x", "y", "z", "size") if name not in regions]
     if absent:
-        raise CohortError(f"{path / 'data'}: expected the columns {some(absent)}, found none.")
-    scans = table.column(SERIES_COLUMN)
-    if isinstance(scans.type, pa.ExtensionType):
-        scans = pa.chunked_array([chunk.storage for chunk in scans.chunks])
-    plain = table.drop_columns([SERIES_COLUMN]).replace_schema_metadata(None)
-    cohort = Cohort(to_dataset(plain, scans, len(regions)), regions, atlas, path)
-    if cohort.content_hash != expected_hash:
         raise CohortError(
-            f"{path}: expected content hash {expected_hash[:12]}, found "
-            f"{cohort.content_hash[:12]}: the files changed after they were written. "
+            f"{path / 'regions.tsv'}: expected the columns {some(absent)}, found none. "
             "Write the cohort again."
         )
+    for name in ("x", "y", "z", "size"):
+        regions[name] = to_numbers(regions[name], path / "regions.tsv")
+    return Description(str(atlas), str(expected_hash), regions, shards)
+
+
+def load_prepared(path: Path) -> Cohort:
+    """Read a folder written by `save_cohort` and compare its content hash."""
+    atlas, expected_hash, regions, shards = describe_prepared(path)
+    parts = [split_series(read_parquet(shard), len(regions), shard) for shard in shards]
+    plain = join_tables([table for table, _ in parts], path)
+    scans = pa.chunked_array([chunk for _, column in parts for chunk in column.chunks])
+    cohort = Cohort(to_dataset(plain, scans, len(regions)), regions, atlas, path)
+    check_hash(cohort, expected_hash)
     return cohort
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    size = path.stat().st_size
-    if size == 0:
-        raise CohortError(f"{path}: expected a Parquet file, found an empty file. Copy it again.")
-    try:
-        return pq.ParquetFile(path, memory_map=True)
-    except (pa.ArrowInvalid, OSError) as error:
-        with path.open("rb") as file:
-            first = file.read(8)
+def check_hash(cohort: Cohort, expected: str) -> None:
+    """Refuse a cohort read from disk whose content is not what was written."""
+    if cohort.content_hash != expected:
         raise CohortError(
-            f"{path}: expected a Parquet file, found {size} bytes that are truncated or corrupted "
-            f"(first bytes {first!r}; {str(error).splitlines()[0]}). Copy the file again."
-        ) from error
+            f"{cohort.path}: expected content hash {expected[:12]}, found "
+            f"{cohort.content_hash[:12]}: the files changed after they were written. "
+            "Write the cohort again."
+        )
 
 
-def read_parquet(path: Path) -> pa.Table:
-    """Read a whole Parquet file; raises `CohortError` when it is empty or damaged."""
-    file = _open_parquet(path)
+def join_tables(tables: list[pa.Table], path: Path) -> pa.Table:
+    """One table of the rows of all shards; raises `CohortError` when their columns differ."""
     try:
-        return file.read()
-    except (pa.ArrowInvalid, OSError) as error:
+        return pa.concat_tables(tables)
+    except pa.ArrowException as error:
         raise CohortError(
-            f"{path}: expected readable Parquet data, found a corrupted part "
-            f"({str(error).splitlines()[0]}). Copy the file again."
+            f"{path / 'data'}: expected the same columns in every shard, found: "
+            f"{str(error).splitlines()[0]}. Write the cohort again."
         ) from error
