@@ -59,9 +59,7 @@ def read_group(file: pq.ParquetFile, path: Path, group: int | None) -> pa.Table:
     return table
 
 
-def split_series(
-    table: pa.Table, num_regions: int, path: Path
-) -> tuple[pa.Table, pa.ChunkedArray]:
+def split_series(table: pa.Table, num_regions: int, path: Path) -> tuple[pa.Table, pa.ChunkedArray]:
     """Take a shard of `save_cohort` apart into plain columns and checked series.
 
     Parameters

@@ -142,9 +142,7 @@ def series_views(cohort: Cohort) -> list[np.ndarray]:
     """
     rows = cohort.dataset.select_columns([SERIES_COLUMN]).with_format("arrow")
     count = len(cohort.labels)
-    return [
-        view_series(rows[row].column(0).chunk(0).storage, count) for row in range(len(cohort))
-    ]
+    return [view_series(rows[row].column(0).chunk(0).storage, count) for row in range(len(cohort))]
 
 
 def read_windows(
