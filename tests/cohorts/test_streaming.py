@@ -138,7 +138,8 @@ def test_ranks_and_workers_share_the_scans_without_doubles(cohort, folder):
             part = split_dataset_by_node(shuffled, rank, world_size)
             loader = torch.utils.data.DataLoader(part, batch_size=None, num_workers=workers)
             seen.append([row["subject_id"] for row in loader])
-        assert sorted(name for part in seen for name in part) == cohort.subject_ids, (world_size, workers)
+        found = sorted(name for part in seen for name in part)
+        assert found == cohort.subject_ids, (world_size, workers)
         assert min(map(len, seen)) >= 60 // world_size - 8
         orders.append(seen)
     assert orders[0][0] != sorted(orders[0][0])
