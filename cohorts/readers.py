@@ -114,8 +114,22 @@ def canonical_subject(subject_id: str) -> str:
     return text.lstrip("0") or "0"
 
 
-def read_participants(path: Path, sex_codes: Mapping[str, str] | None = None) -> pd.DataFrame:
+def read_participants(
+    path: Path,
+    sex_codes: Mapping[str, str] | None = None,
+    site: str | None = None,
+    need_tr: bool = True,
+) -> pd.DataFrame:
     """Read participants.tsv into typed columns, checked for what silently spoils a study.
+
+    Parameters
+    ----------
+    sex_codes : mapping of str to str, optional
+        As of `load_cohort`.
+    site : str, optional
+        The scanner of everybody in a table without a column site.
+    need_tr : bool
+        False where the scans' own files may say it: `tr` is then NaN where the table has none.
 
     Returns
     -------
@@ -129,6 +143,10 @@ def read_participants(path: Path, sex_codes: Mapping[str, str] | None = None) ->
         `sex_codes`, sentinels such as -9999, ages in months or out of range.
     """
     raw = read_table(path)
+    if site is not None and "site" not in raw:
+        raw["site"] = site
+    if not need_tr and "tr" not in raw:
+        raw["tr"] = "n/a"
     for name, advice in (
         ("participant_id", "Name the column of the subjects participant_id, as BIDS does."),
         ("site", "Add a column site with the scanner's name (one name if there is one scanner)."),
