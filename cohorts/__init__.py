@@ -1,6 +1,7 @@
 """From what a neuroimager has on disk to a `datasets.Dataset`: series, cohorts, splits."""
 
 from .build import Cohort, build_cohort, cohort_from_series
+from .fetch import Fetched, fetch_cohort
 from .readers import load_cohort, read_participants, read_regions, read_series
 from .series import CohortError, ParcelSeries, SeriesHealth
 from .simulate import simulate_cohort
@@ -11,12 +12,14 @@ from .streaming import StreamedCohort, map_cohort, read_windows, series_views, s
 __all__ = [
     "Cohort",
     "CohortError",
+    "Fetched",
     "ParcelSeries",
     "SeriesHealth",
     "Split",
     "StreamedCohort",
     "build_cohort",
     "cohort_from_series",
+    "fetch_cohort",
     "load_cohort",
     "load_split",
     "make_split",
