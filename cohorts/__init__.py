@@ -2,7 +2,9 @@
 
 from .build import Cohort, build_cohort, cohort_from_series
 from .fetch import Fetched, fetch_cohort
+from .prepare import People, Prepared, prepare_cohort
 from .readers import load_cohort, read_participants, read_regions, read_series
+from .scan_results import AtlasChoice, Reading
 from .series import CohortError, ParcelSeries, SeriesHealth
 from .simulate import simulate_cohort
 from .splits import Split, load_split, make_split
@@ -10,10 +12,14 @@ from .storage import save_cohort
 from .streaming import StreamedCohort, map_cohort, read_windows, series_views, stream_cohort
 
 __all__ = [
+    "AtlasChoice",
     "Cohort",
     "CohortError",
     "Fetched",
     "ParcelSeries",
+    "People",
+    "Prepared",
+    "Reading",
     "SeriesHealth",
     "Split",
     "StreamedCohort",
@@ -24,6 +30,7 @@ __all__ = [
     "load_split",
     "make_split",
     "map_cohort",
+    "prepare_cohort",
     "read_participants",
     "read_regions",
     "read_series",

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from cortexicon import _fetch, _prepare
+
 
 def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the commands about data: their options, and nothing that runs them."""
@@ -24,3 +26,6 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
         default="holdout",
     )
     command.add_argument("--seed", type=int, default=0)
+
+    _fetch.add_parser(commands)
+    _prepare.add_parser(commands)

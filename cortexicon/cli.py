@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cortexicon import _fetch, _prepare
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -72,6 +73,8 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
     return {
         "simulate": _simulate,
         "split": _split,
+        "fetch": _fetch.run,
+        "prepare": _prepare.run,
         "train": _train,
         "ablate": _ablate,
         "encode": _encode,
