@@ -37,9 +37,9 @@ class RegionMeans(NamedTuple):
 
 
 def region_means(
-    image: str | Path | Any,
+    image: Any,
     atlas: Atlas,
-    mask: str | Path | Any | None = None,
+    mask: Any = None,
     block_bytes: int = BLOCK_BYTES,
 ) -> RegionMeans:
     """Average a 4-D image over the regions of a label volume.
@@ -245,9 +245,7 @@ def nearest(
     return out
 
 
-def _load_mask(
-    mask: str | Path | Any, affine: np.ndarray, shape: tuple[int, ...], where: str
-) -> np.ndarray:
+def _load_mask(mask: Any, affine: np.ndarray, shape: tuple[int, ...], where: str) -> np.ndarray:
     """The voxels of the image's grid that a mask keeps, shape (x, y, z)."""
     named = isinstance(mask, str | Path)
     opened = load_image(mask) if named else mask
