@@ -143,7 +143,7 @@ def _numbers(rows: list[list[str]], header: list[str] | None, lines: list[int], 
     """Numbers of text cells, shape as `rows`; NaN where missing, damage named by line."""
     cells = [cell for row in rows for cell in row]
     try:
-        if any("_" in cell for cell in cells):  # Python reads 1_000 as a number, no tool writes it
+        if "_" in "".join(cells):  # Python reads 1_000 as a number, no tool writes it
             raise ValueError
         flat = [float(cell) for cell in cells]
     except ValueError:

@@ -103,7 +103,7 @@ def read_dtseries(path: Path, label_files: tuple[Path, ...], atlas: str = "") ->
 
 def _open(path: Path) -> tuple[Any, list[Any]]:
     """Image and its two axes; anything else than a CIFTI-2 matrix is refused."""
-    image = nibabel.load(path)
+    image = nibabel.load(path, mmap=False)
     if not isinstance(image, nibabel.Cifti2Image):
         raise CohortError(
             f"{path}: expected a CIFTI-2 file, found {type(image).__name__} of shape "

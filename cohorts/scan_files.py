@@ -388,6 +388,8 @@ def _match(labels: list[str], regions: pd.DataFrame) -> tuple[np.ndarray, list[s
         extra = [label for label, key in zip(labels, found, strict=True) if key not in known]
         if best is None or len(extra) < len(best[1]):
             best = places, extra
+        if not extra and (places >= 0).all():
+            break
     return best if best is not None else (np.full(len(regions), -1), list(labels))
 
 
