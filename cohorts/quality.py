@@ -37,7 +37,6 @@ QUALITY_COLUMNS = (
     "global_signal_sd",
     "warnings",
 )
-_COUNTS = ("n_timepoints", "n_regions", "n_missing", "n_constant", "n_scrubbed")
 
 
 def scan_quality(series: ParcelSeries) -> dict[str, Any]:
@@ -123,8 +122,10 @@ def quality_table(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     listed = [dict(row) for row in rows]
     extra = sorted({key for row in listed for key in row} - set(QUALITY_COLUMNS))
     table = pd.DataFrame(listed, columns=[*QUALITY_COLUMNS, *extra])
-    for name in _COUNTS:
-        table[name] = table[name].astype("Int64")
+    for name in table:
+        kinds = {type(row[name]) for row in listed if row.get(name) is not None}
+        if kinds == {int}:  # else a count that some scans lack would be written as 236.0
+            table[name] = table[name].astype("Int64")
     return table
 
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import _fetch, _prepare
+from cortexicon import _doctor, _fetch, _prepare
 
 
 def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,3 +29,4 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
 
     _fetch.add_parser(commands)
     _prepare.add_parser(commands)
+    _doctor.add_parser(commands)

@@ -98,9 +98,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     atlas = None
     if arguments.atlas is not None:
-        atlas = AtlasChoice(
-            _whole(arguments.atlas), _whole(arguments.atlas_labels), _whole(arguments.atlas_folder)
-        )
+        labels, folder = _whole(arguments.atlas_labels), _whole(arguments.atlas_folder)
+        atlas = AtlasChoice(_whole(arguments.atlas) or "", labels, folder)
     band = None if arguments.band_pass is None else tuple(arguments.band_pass)
     prepared = prepare_cohort(
         arguments.source,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .baselines import run_baselines
     from .clinical import score_clinical
     from .code_geometry import geometry
+    from .cohort_report import write_cohort_report
     from .cross_atlas import CrossAtlas, ScanPair
     from .errors import EvaluationError
     from .json_files import write_json
@@ -42,6 +43,7 @@ _HOME = {
     "run_baselines": "baselines",
     "score_clinical": "clinical",
     "tokenizer_baseline": "patch_kmeans",
+    "write_cohort_report": "cohort_report",
     "write_json": "json_files",
     "write_predictions": "predictions",
     "write_report": "report",
@@ -65,6 +67,7 @@ __all__ = [
     "run_baselines",
     "score_clinical",
     "tokenizer_baseline",
+    "write_cohort_report",
     "write_json",
     "write_predictions",
     "write_report",
