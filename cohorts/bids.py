@@ -40,7 +40,7 @@ class Sidecars:
         self._read: dict[Path, tuple[float | None, str]] = {}
         self._files: dict[tuple[Path, str | None], list[tuple[dict[str, str], Path]]] = {}
         for path in files:
-            if re.search(r"_(bold|timeseries)\.json$", "_" + path.name):
+            if re.search(r"(?<!desc-confounds)_(bold|timeseries)\.json$", "_" + path.name):
                 parts = entities(path.name)
                 self._files.setdefault((path.parent, parts.get("sub")), []).append((parts, path))
 
@@ -51,23 +51,27 @@ class Sidecars:
         entity that the scan contradicts; the most specific one counts.
         """
         own = entities(scan.name)
-        best: tuple[tuple, Path] | None = None
+        found: list[tuple[tuple, Path]] = []
         for folder in scan.parents:
             for subject in {own.get("sub"), None}:
                 for parts, path in self._files.get((folder, subject), ()):
                     shared = {k: v for k, v in parts.items() if k not in _VERSION}
-                    if any(own.get(key) != value for key, value in shared.items()):
-                        continue
-                    same = sum(own.get(key) == value for key, value in parts.items())
-                    rank = (len(shared), same, path.name.endswith("bold.json"), path.name)
-                    if best is None or rank > best[0]:
-                        best = rank, path
+                    if all(own.get(key) == value for key, value in shared.items()):
+                        same = sum(own.get(key) == value for key, value in parts.items())
+                        is_bold = path.name.endswith("bold.json")
+                        found.append(((len(shared), same, is_bold, path.name), path))
+        files = [path for _, path in sorted(found, reverse=True)]
         plain = scan.parent / (scan.name.split(".")[0] + ".json")
-        sidecar = best[1] if best is not None else plain if plain.is_file() else None
-        if sidecar is None:
+        if plain not in files and plain.is_file():
+            files.append(plain)
+        for path in files:
+            if path not in self._read:
+                self._read[path] = _repetition_time(path)
+        # A sidecar of fMRIPrep may leave the TR to the one of the raw data.
+        useful = [path for path in files if self._read[path][0] is not None]
+        if not files:
             return None, None, ""
-        if sidecar not in self._read:
-            self._read[sidecar] = _repetition_time(sidecar)
+        sidecar = (useful or files)[0]
         return sidecar, *self._read[sidecar]
 
 

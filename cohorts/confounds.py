@@ -175,13 +175,12 @@ def _load_components(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table, sample = load_confounds(str(scan.path), strategy=components, demean=False)
-    # NOTE: nilearn raises ValueError, its own exception without a text, and what pandas and json
+    # NOTE: nilearn raises ValueError where columns are missing, and lets pass what pandas and json
     # answer to damaged files; each means that this table does not serve.
     except Exception as error:
-        lost = [*getattr(error, "params", ()), *getattr(error, "keywords", ())]
-        reason = f"no {some(lost)}" if lost else " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200].rstrip(".") or type(error).__name__
         raise CohortError(
-            f"{where}: expected the columns of this strategy, found {reason}. Choose components "
+            f"{where}: expected the columns of this strategy, found: {reason}. Choose components "
             "that this version of fMRIPrep wrote."
         ) from error
     if len(table) not in (0, volumes):

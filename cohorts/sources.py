@@ -97,7 +97,10 @@ class ScanSource:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """Every file that decides what `read_scan` returns."""
-        beside = (self.sidecar, self.confounds, self.mask, self.regions, *self.extra)
+        beside = [self.sidecar, self.confounds, self.mask, self.regions, *self.extra]
+        if self.confounds is not None:
+            facts = self.confounds.with_suffix(".json")  # which components CompCor retained
+            beside.append(facts if facts.is_file() else None)
         return (self.path, *(path for path in beside if path is not None))
 
 
