@@ -86,9 +86,9 @@ def region_means(
         if first == 0 and kept.dtype.kind == "f" and np.isnan(kept[0]).any():
             regions.drop(np.isnan(kept[0]))
             kept = block.take(regions.order, axis=1)
-        regions.alive |= kept.any(axis=0)
         rows = slice(first, first + len(block))
-        with np.errstate(invalid="ignore"):  # inf - inf, which is looked at next
+        with np.errstate(invalid="ignore"):  # NaN, and inf - inf, which is looked at next
+            regions.alive |= kept.any(axis=0)
             part = np.add.reduceat(kept.astype(np.float64), regions.starts, axis=1)
         if not np.isfinite(part).all():
             _refuse_infinite(kept, regions.order, opened.shape, first, where)
