@@ -177,12 +177,12 @@ def _named_faults(name: str, folder: Path) -> Iterator[None]:
         yield
     except requests.HTTPError as error:
         code = "an error" if error.response is None else f"status {error.response.status_code}"
-        url = "" if error.request is None else f" for {error.request.url}"
+        url = "" if error.request is None else f" for {error.request.url!s}"
         raise CohortError(
             f"fetch {name}: expected a file, found {code}{url}. The server may be down. {again}"
         ) from error
     except requests.RequestException as error:
-        url = "" if error.request is None else f" to {error.request.url}"
+        url = "" if error.request is None else f" to {error.request.url!s}"
         raise CohortError(
             f"fetch {name}: no connection{url} ({type(error).__name__}). Check the network, or "
             f"fetch where there is one and copy the folder. {again}"

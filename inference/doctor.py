@@ -112,10 +112,10 @@ def diagnose(
     if examined.notes:
         listed = " ".join(examined.notes[:3])
         findings.append(Finding("warnings", LOOK, listed))
-    if examined.scans and extractor is None:
-        findings += [_signal(examined.scans), _described(examined.scans)]
-    elif examined.scans:
+    if examined.scans and checkpoint is not None:
         findings += _against(examined.scans, checkpoint)
+    elif examined.scans:
+        findings += [_signal(examined.scans), _described(examined.scans)]
     return Diagnosis(path, examined, findings)
 
 
@@ -309,7 +309,8 @@ def _scaling(scans: list[ParcelSeries], extractor: AVQFeatureExtractor | None) -
     found = f"median {np.median(medians):.3g}, SD {np.median(spreads):.3g} of a region"
     if extractor is None or extractor.scaling == "zscore":
         return Finding("scaling", FITS, f"{found}; every region is z-scored, so any unit will do")
-    centre, scale = np.median(extractor.scaling_center), np.median(extractor.scaling_scale)
+    centre = float(np.median(np.asarray(extractor.scaling_center)))
+    scale = float(np.median(np.asarray(extractor.scaling_scale)))
     found += f"; the checkpoint's own scans: median {centre:.3g}, SD {scale:.3g}"
     shift = abs(np.median(medians) - centre) / scale
     ratio = np.median(spreads) / scale
