@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from .mat_files import read_variables
 from .series import MIN_TIMEPOINTS, CohortError, check_labels, some
 from .tables import MISSING, is_number
 
@@ -28,8 +29,6 @@ LABEL_NAMES = {
     "labels", "region_labels", "roi_labels", "regions", "names", "roi_names", "region_names",
 }  # fmt: skip
 TR_NAMES = {"tr", "t_r", "repetitiontime", "repetition_time"}
-#: Largest number of samples that one scan may hold; more is damage, not data.
-MAX_SAMPLES = 2**31
 
 
 class RawSeries(NamedTuple):
@@ -330,11 +329,16 @@ def read_npz(path: Path) -> RawSeries:
                         raise
                     pickled.append(name)
         found = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-        return choose(found, path, pickled)
+        return choose(found, [f"{name} (pickled objects)" for name in pickled], path)
 
 
-def choose(found: dict[str, np.ndarray], path: Path, pickled: list[str] | None = None) -> RawSeries:
+def choose(found: dict[str, np.ndarray], others: list[str], path: Path) -> RawSeries:
     """Take series, labels and TR out of the named arrays of a .npz or .mat file.
+
+    Parameters
+    ----------
+    others : list of str
+        What else the file holds, for the message.
 
     Raises
     ------
@@ -354,11 +358,10 @@ def choose(found: dict[str, np.ndarray], path: Path, pickled: list[str] | None =
         series = {named[0]: series[named[0]]}
     if len(series) != 1:
         shapes = [f"{name} {array.dtype}{list(array.shape)}" for name, array in found.items()]
-        objects = [f"{name} (pickled objects)" for name in pickled or ()]
         many = "several that could be the series" if series else "none"
         raise CohortError(
             f"{path}: expected one two-dimensional array of numbers (time, regions), found {many}: "
-            f"{some(shapes + objects, 8) or 'an empty file'}. Keep one, or name it time_series."
+            f"{some(shapes + others, 8) or 'an empty file'}. Keep one, or name it time_series."
         )
     ((name, values),) = series.items()
     _check_array(values, path, name)
@@ -385,57 +388,12 @@ def _text(item: Any) -> str:
 
 
 def read_mat(path: Path) -> RawSeries:
-    """Read the one series of a MATLAB file: versions 4 to 7 by SciPy, 7.3 by h5py.
+    """Read the one series of a MATLAB file, with labels and TR where it names them.
 
     Raises
     ------
     CohortError
-        Damaged; version 7.3 without h5py; no or several arrays that could be the series.
+        Damaged; version 7.3 without h5py, or 4; no or several arrays that could be the series.
     """
     with readable(path, "a MATLAB file (.mat)"):
-        with path.open("rb") as file:
-            head = file.read(520)
-        if b"\x89HDF\r\n\x1a\n" in (head[:8], head[512:520]) or head.startswith(b"MATLAB 7.3"):
-            return choose(_read_mat73(path), path)
-        from scipy.io import loadmat
-
-        found = {
-            name: _cells(value)
-            for name, value in loadmat(path, appendmat=False).items()
-            if not name.startswith("__") and isinstance(value, np.ndarray)
-        }
-        return choose(found, path)
-
-
-def _cells(array: np.ndarray) -> np.ndarray:
-    """A cell array of texts as an array of str; other arrays as they are."""
-    if array.dtype.kind == "O":
-        items = [item.item() if isinstance(item, np.ndarray) and item.size == 1 else item
-                 for item in array.ravel()]  # fmt: skip
-        if items and all(isinstance(item, str) for item in items):
-            return np.array(items)
-    return array
-
-
-def _read_mat73(path: Path) -> dict[str, np.ndarray]:
-    """Arrays and cell arrays of texts at the top of an HDF5-based MATLAB file."""
-    try:
-        import h5py
-    except ModuleNotFoundError:
-        raise CohortError(
-            f"{path}: expected MATLAB's format 5 to 7, found 7.3 (HDF5), which needs h5py: "
-            "pip install 'cortexicon[mat73]', or save(..., '-v7') in MATLAB."
-        ) from None
-    found: dict[str, np.ndarray] = {}
-    with h5py.File(path, "r") as file:
-        for name, item in file.items():
-            if not isinstance(item, h5py.Dataset) or item.size is None or item.size > MAX_SAMPLES:
-                continue
-            kind = h5py.check_ref_dtype(item.dtype)
-            if kind is h5py.Reference:
-                texts = [file[reference][()] for reference in item[()].ravel()]
-                if all(t.dtype == np.uint16 for t in texts):  # MATLAB's char
-                    found[name] = np.array(["".join(map(chr, t.ravel())) for t in texts])
-            elif item.dtype.kind in "fiu":
-                found[name] = np.asarray(item[()]).T  # HDF5 keeps MATLAB's columns as rows
-    return found
+        return choose(*read_variables(path), path)

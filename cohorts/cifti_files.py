@@ -11,7 +11,8 @@ import pandas as pd
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, ParcelsAxis, SeriesAxis
 from scipy import sparse
 
-from .array_files import MAX_SAMPLES, RawSeries, readable
+from .array_files import RawSeries, readable
+from .mat_files import MAX_SAMPLES
 from .series import CohortError, check_labels, some
 
 #: Time points of a dense series that are in memory at once: 91,282 grayordinates take 23 MB.
