@@ -8,6 +8,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pandas as pd
+from nibabel.affines import apply_affine
 from nibabel.cifti2 import BrainModelAxis, LabelAxis, ParcelsAxis, SeriesAxis
 from scipy import sparse
 
@@ -157,7 +158,7 @@ def _volume_regions(parcels: ParcelsAxis, labels: list[str]) -> pd.DataFrame | N
         return None
     centres = np.stack([np.asarray(voxels).mean(axis=0) for voxels in parcels.voxels])
     table = pd.DataFrame(
-        nibabel.affines.apply_affine(parcels.affine, centres).astype(np.float32),
+        apply_affine(parcels.affine, centres).astype(np.float32),
         columns=["x", "y", "z"],
     )
     table.insert(0, "label", labels)

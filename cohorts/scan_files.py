@@ -200,7 +200,7 @@ def _read_volume(scan: ScanSource, atlas: Atlas) -> RawSeries:
             seconds, source = None, "the NIfTI header says 1 without a unit, its default"
         found = region_means(scan.path, atlas, scan.mask)
         thin = np.flatnonzero((found.covered < 0.5) & (found.voxels > 0))
-        notes = ()
+        notes: tuple[str, ...] = ()
         if len(thin):
             names = [atlas.labels[column] for column in thin]
             notes = (f"{len(thin)} regions with signal in less than half: {some(names)}.",)
@@ -373,7 +373,12 @@ def _match_through(
 
 def _match(labels: list[str], regions: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
     """Column of each region in a file with these labels (-1: none), and labels of no region."""
-    names = [("label", str), ("column", str), ("atlas_value", _value), ("label", _plain)]
+    names: list[tuple[str, Callable[[str], str]]] = [
+        ("label", str),
+        ("column", str),
+        ("atlas_value", _value),
+        ("label", _plain),
+    ]
     best: tuple[np.ndarray, list[str]] | None = None
     for column, spell in names:
         if column not in regions:

@@ -28,8 +28,8 @@ KINDS = {
     ".csv": "table",
 }
 #: CIFTI files that hold maps, labels or matrices, not series.
-_NO_SERIES = (".dlabel.nii", ".dscalar.nii", ".plabel.nii", ".pscalar.nii", ".pconn.nii")
-_NO_SERIES += (".dconn.nii", ".pdconn.nii", ".dpconn.nii")
+_NO_SERIES = (".dlabel.nii", ".plabel.nii", ".dscalar.nii", ".pscalar.nii")
+_NO_SERIES_PAIRS = (".pconn.nii", ".dconn.nii", ".pdconn.nii", ".dpconn.nii")
 _FMRIPREP = re.compile(
     r"(_desc-(preproc|smoothAROMAnonaggr|optcom)_bold\.nii(\.gz)?|_bold\.dtseries\.nii)$"
 )
@@ -107,7 +107,7 @@ class ScanSource:
 def kind_of(path: Path) -> str:
     """Which reader a file's name asks for, or an empty string."""
     name = path.name
-    if name.startswith(".") or name.endswith(_NO_SERIES):
+    if name.startswith(".") or name.endswith(_NO_SERIES + _NO_SERIES_PAIRS):
         return ""
     lowered = name.lower()
     return next((kind for end, kind in KINDS.items() if lowered.endswith(end.lower())), "")
