@@ -88,7 +88,10 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except CohortError:
         raise
     except FileNotFoundError:
-        raise CohortError(f"{path}: expected {what}, found no file. Check the path.") from None
+        todo = "Check the path."
+        if path.is_symlink():
+            todo = "It is a link to a file that is not here: get its content (datalad get)."
+        raise CohortError(f"{path}: expected {what}, found no file. {todo}") from None
     except (IsADirectoryError, PermissionError) as error:
         raise CohortError(f"{path}: expected {what}, found: {error.strerror}.") from None
     except Exception as error:

@@ -184,10 +184,19 @@ def _single(path: Path) -> ScanSource:
 
 
 def _walk(source: Path) -> list[Path]:
-    """All files below a folder, sorted; hidden ones and hidden folders left out."""
-    found = []
-    for folder, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    """All files below a folder, sorted; hidden ones and hidden folders left out.
+
+    Links to folders are followed, as clusters lay out their data, but no folder is entered twice.
+    """
+    found, entered = [], {source.resolve()}
+    for folder, folders, names in os.walk(source, followlinks=True):
+        inside = []
+        for name in sorted(name for name in folders if not name.startswith(".")):
+            place = Path(folder, name).resolve()
+            if place not in entered:
+                entered.add(place)
+                inside.append(name)
+        folders[:] = inside
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found)
 

@@ -186,6 +186,9 @@ KINDS = ["nii", "nii_gz", "ptseries", "dtseries", "npz", "mat", "mat73", "cohort
 KINDS += ["1D", "tsv", "csv", "npy", "tables"]
 
 
+FILE_KINDS = [kind for kind in KINDS if kind not in ("cohort", "tables")]
+
+
 @pytest.fixture(scope="session")
 def example(tmp_path_factory) -> Example:
     """The scan that all tests of this folder read back."""
@@ -195,4 +198,10 @@ def example(tmp_path_factory) -> Example:
 @pytest.fixture(params=KINDS)
 def kind(request) -> str:
     """Each format in turn."""
+    return request.param
+
+
+@pytest.fixture(params=FILE_KINDS)
+def file_kind(request) -> str:
+    """Each format that is one file."""
     return request.param

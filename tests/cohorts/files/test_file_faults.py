@@ -6,15 +6,12 @@ import warnings
 
 import numpy as np
 import pandas as pd
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from cortexicon.cohorts import CohortError, ParcelSeries
 from cortexicon.cohorts.scan_files import read_scan
 from cortexicon.cohorts.sources import find_scans
-
-from .conftest import KINDS
 
 # Half of the damage goes to the first kilobyte, where headers are. The text of an exception is
 # evaluated by nobody, so shrinking an example would only cost time.
@@ -84,7 +81,6 @@ def attack(source, atlas, **options):
     return outcomes
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_random_damage(example, kind, tmp_path):
     path = example.write(kind, tmp_path)
     source = path if path.is_dir() else tmp_path
@@ -121,10 +117,9 @@ def test_random_damage_to_what_lies_beside_a_scan(example, tmp_path):
     assert not all(outcomes)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("cohort", "tables")])
-def test_a_file_under_another_name(example, kind, tmp_path):
+def test_a_file_under_another_name(example, file_kind, tmp_path):
     """The content of one format with the ending of another."""
-    path = example.write(kind, tmp_path)
+    path = example.write(file_kind, tmp_path)
     for ending in (".nii.gz", ".ptseries.nii", ".1D", ".npy", ".npz", ".mat", ".tsv", ".csv"):
         if path.name.endswith(ending):
             continue

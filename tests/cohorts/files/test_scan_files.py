@@ -12,6 +12,7 @@ from nibabel.cifti2 import BrainModelAxis, LabelAxis, ParcelsAxis, ScalarAxis, S
 from scipy.io import savemat
 
 from cortexicon.cohorts import CohortError
+from cortexicon.cohorts.array_files import read_delimited
 from cortexicon.cohorts.atlases import load_atlas
 from cortexicon.cohorts.cifti_files import read_ptseries
 from cortexicon.cohorts.scan_files import read_scan
@@ -212,10 +213,8 @@ def test_milliseconds_in_the_header_are_converted_and_a_default_is_no_tr(example
 # --- damage by format: what the user reads -----------------------------------------------------
 
 
-def test_empty_files_and_web_pages(example, kind, tmp_path):
-    if kind in ("cohort", "tables"):
-        pytest.skip("a folder; tests of bad inputs damage its files")
-    path = example.write(kind, tmp_path)
+def test_empty_files_and_web_pages(example, file_kind, tmp_path):
+    path = example.write(file_kind, tmp_path)
     path.write_bytes(b"")
     refused(path, example.atlas, "found an empty file", tr=2.0)
     path.write_bytes(b"<!DOCTYPE html><html><body>404 Not Found</body></html>")
@@ -456,6 +455,14 @@ def test_real_cifti_is_read_with_its_labels(data_folder):
     assert raw.values.shape == (2, 54)
     assert raw.labels[:2] == ["MEDIAL.WALL", "BA2_FRB08"]
     assert raw.regions is None
+
+
+@pytest.mark.data
+def test_a_real_csv_with_quoted_names(data_folder):
+    raw = read_delimited(data_folder / "nifti" / "nitime" / "fmri_timeseries.csv")
+    assert raw.values.shape == (250, 31)
+    assert raw.labels[:4] == ["WM", "Vent", "Brain", "LCau"]
+    assert raw.values[0, 3] == np.float32(-7.39443)
 
 
 @pytest.mark.data

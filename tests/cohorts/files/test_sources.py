@@ -148,6 +148,19 @@ def test_subjects_that_only_their_folders_name(tmp_path):
     assert [s.subject_id for s in find_scans(hcp)] == ["100307", "100408"]
 
 
+def test_links_are_followed_once(example, tmp_path):
+    example.write("tsv", tmp_path / "store" / "sub-01")
+    source = tmp_path / "study"
+    source.mkdir()
+    (source / "sub-01").symlink_to(tmp_path / "store" / "sub-01")
+    (source / "again").symlink_to(source)
+    (source / "sub-02_timeseries.tsv").symlink_to(tmp_path / "not" / "fetched")
+    first, second = find_scans(source)
+    assert (first.subject_id, second.subject_id) == ("01", "02")
+    with pytest.raises(CohortError, match=r"found no file\. It is a link .*datalad get"):
+        read_scan(second, example.atlas, tr=2.0)
+
+
 def test_the_sidecar_is_inherited_and_the_nearest_counts(tmp_path):
     touch(tmp_path, "sub-01/func/sub-01_task-rest_bold.nii.gz")
     touch(tmp_path, "sub-02/func/sub-02_task-rest_bold.nii.gz")
