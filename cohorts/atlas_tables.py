@@ -62,7 +62,10 @@ def read_labels(path: Path | None) -> pd.DataFrame:
         raise CohortError(
             f"{path}: expected a label table, found none: {error.strerror}. Check the path."
         ) from None
-    rows = _read_xml(raw, path) if path.suffix.lower() == ".xml" else _read_text(raw, path)
+    try:
+        rows = _read_xml(raw, path) if path.suffix.lower() == ".xml" else _read_text(raw, path)
+    except csv.Error as error:
+        raise CohortError(f"{path}: expected a label table, found damage ({error}).") from None
     if not rows:
         raise CohortError(f"{path}: expected a label table, found no region. Check the file.")
     seen: set[int] = set()
@@ -118,11 +121,15 @@ def _read_text(raw: bytes, path: Path) -> list[tuple]:
     lines = [line for line in lines if line and not line.startswith("#")]
     if not lines:
         raise CohortError(f"{path}: expected a label table, found an empty file.")
-    header = _cells(lines[0])
+    delimiter = next((mark for mark in "\t;," if mark in lines[0]), "\t")
+    header = [cell.lower() for cell in _cells(lines[0], delimiter)]
     if len(header) > 1 and not _is_integer(header[0]):
-        lowered = [cell.lower() for cell in header]
-        if set(lowered) & {*VALUE_COLUMNS, *NAME_COLUMNS}:
-            return _read_header_table(lines, lowered, path)
+        if set(header) & {*VALUE_COLUMNS, *NAME_COLUMNS}:
+            rows = [_cells(line, delimiter) for line in lines[1:]]
+            return _read_header_table(rows, header, path)
+        # Names may hold commas, but below a header lie values.
+        if any(_is_integer(cell) for line in lines[1:2] for cell in _cells(line, delimiter)):
+            raise _no_values(header, path)
     if not _is_integer(_words(lines[0])[0]):  # one name a line, the values are 1, 2, ...
         return [(value, line) for value, line in enumerate(lines, start=1)]
     rows = []
@@ -136,14 +143,12 @@ def _read_text(raw: bytes, path: Path) -> list[tuple]:
     return rows
 
 
-def _read_header_table(lines: list[str], header: list[str], path: Path) -> list[tuple]:
-    cells = [_cells(line) for line in lines[1:]]
+def _read_header_table(cells: list[list[str]], header: list[str], path: Path) -> list[tuple]:
     for number, row in enumerate(cells, start=2):
-        # A name with commas in an unquoted last column is longer, not damaged.
-        if len(row) < len(header):
+        if len(row) < len(header) or any(row[len(header) :]):
             raise CohortError(
                 f"{path}, row {number}: expected {len(header)} columns, found {len(row)}. "
-                "Repair the line."
+                "Repair the line; put names that hold the separator in quotes."
             )
     values = [name for name in VALUE_COLUMNS if name in header]
     if {"label", "name"} <= set(header):
@@ -152,10 +157,7 @@ def _read_header_table(lines: list[str], header: list[str], path: Path) -> list[
         if all(_is_integer(row[place]) for row in cells):
             values = ["label"]
     if not values:
-        raise CohortError(
-            f"{path}: expected a column with the values of the label volume "
-            f"({', '.join(VALUE_COLUMNS)}), found {', '.join(header)}. Name it index."
-        )
+        raise _no_values(header, path)
     names = [name for name in NAME_COLUMNS if name in header and name != values[0]]
     column, name_column = header.index(values[0]), header.index(names[0]) if names else None
     return [
@@ -164,10 +166,18 @@ def _read_header_table(lines: list[str], header: list[str], path: Path) -> list[
     ]
 
 
-def _cells(line: str) -> list[str]:
-    if "\t" in line:
+def _no_values(header: list[str], path: Path) -> CohortError:
+    return CohortError(
+        f"{path}: expected a column with the values of the label volume "
+        f"({', '.join(VALUE_COLUMNS)}), found {', '.join(header)[:200]}. Name it index."
+    )
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    if delimiter == "\t":
         return [cell.strip() for cell in line.split("\t")]
-    return [cell.strip() for cell in next(csv.reader([line], skipinitialspace=True))]
+    reader = csv.reader([line], delimiter=delimiter, skipinitialspace=True)
+    return [cell.strip() for cell in next(reader)]
 
 
 def _words(line: str) -> list[str]:

@@ -53,6 +53,7 @@ TABLES = {
     "cohort": ("t.tsv", "index\tcolumn\tlabel\tname\n0\tr0\t4\ta b\n1\tr1\t7\tc\n2\tr2\t12\td\n"),
     "saved": ("t.tsv", "label\tx\tatlas_value\na b\t1\t4\nc\t1\t7\nd\t1\t12\n"),
     "CSV": ("t.csv", '\ufeffROI number,name\n4,"a b"\n7,c\n12,d\n'),
+    "semicolons": ("t.csv", "index;name\n4;a b\n7;c\n12;d\n"),
     "colours": ("order.txt", "4\ta b\t120\t18\t131\t0\n7\tc\t1\t2\t3\t0\n12\td\t1\t2\t3\t0\n"),
     "AAL": ("t.xml", "<atlas><data><label><index>4</index><name>a b</name></label><label><index>7"
             "</index><name>c</name></label><label><index>12</index><name>d</name></label></data></atlas>"),
@@ -71,8 +72,8 @@ def test_every_form_of_table_names_the_regions(write, tmp_path, form):
 
 def test_names_one_a_line_count_from_one(tmp_path):
     table = tmp_path / "names.txt"
-    table.write_text("# comment\nHIP head\nHIP tail\n", encoding="utf-8")
-    assert read_labels(table)["label"].to_dict() == {1: "HIP head", 2: "HIP tail"}
+    table.write_text("# comment\nHIP head\nGyrus, inferior\n", encoding="utf-8")
+    assert read_labels(table)["label"].to_dict() == {1: "HIP head", 2: "Gyrus, inferior"}
 
 
 def test_a_table_beside_the_volume_is_used(write, tmp_path):
@@ -175,6 +176,9 @@ WRONG_TABLES = {
     "negative value": ("index\tname\n-4\ta\n", "from 0 to 2147483647, found -4"),
     "a name as value": ("index\tname\nfour\ta\n", "whole number, found 'four'"),
     "no values": ("name\tnetwork\na\tVis\n", "column with the values"),
+    "columns of other names": ("nr,what\n4,a\n7,b\n", "column with the values .* found nr, what"),
+    "long line": ("index,name,color\n4,Gyrus, inferior,#1\n", "row 2: expected 3 columns, found 4"),
+    "endless line": ("index,name\n4," + "x" * 140000, "found damage .field larger"),
     "short line": ("index\tname\tcolor\n4\ta\n", "row 2: expected 3 columns, found 2"),
     "web page": ("<html>\n<body>404</body>", "no table: '<html>"),
     "empty": ("\n\n", "found an empty file"),
