@@ -179,9 +179,7 @@ def prepare_cohort(
         manifest = make_manifest([scan.row() for scan in scans], atlas, reading, _describe(people))
         if manifest != before:
             results = {
-                scan.job.source: result_path(scan.job)
-                for scan in used
-                if scan.key != scan.job.known_key
+                scan.owner: result_path(scan.job) for scan in used if scan.key != scan.job.known_key
             }
             new = write_cohort(manifest, results, table, atlas, out, work)
             put_in_place(new, out, work)

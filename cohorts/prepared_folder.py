@@ -117,7 +117,7 @@ def write_cohort(
     manifest : dict
         See `make_manifest`.
     results : dict of str to pathlib.Path
-        Of the used scans that were read now: source to their result; the others are in `out`.
+        Subject to the result of each scan that was read now; the others are in `out`.
     table : pandas.DataFrame
         The participants table; the cohort's scans stand in its order.
     out : pathlib.Path
@@ -143,14 +143,14 @@ def write_cohort(
     values = np.memmap(work / "series.f32", np.float32, "w+", shape=shape)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     slots = {
-        row["source"]: values[starts[number] : starts[number + 1]]
+        row["subject_id"]: values[starts[number] : starts[number + 1]]
         for number, row in enumerate(rows)
     }
-    for row in rows:
-        if row["source"] in results:
-            slots[row["source"]][:] = load_result(results[row["source"]], row["record"]["digest"])
-    earlier = {row["subject_id"]: row for row in rows if row["source"] not in results}
-    _copy_earlier(earlier, slots, out)
+    digests = {row["subject_id"]: row["record"]["digest"] for row in rows}
+    for subject, path in results.items():
+        slots[subject][:] = load_result(path, digests[subject])
+    earlier = set(slots) - set(results)
+    _copy_earlier({subject: digests[subject] for subject in earlier}, slots, out)
     name = rows[0]["record"]["regions"]["atlas"] if atlas is None else atlas.name
     cohort = build_cohort(values, _participants(rows, table), regions, name)
     new = save_cohort(cohort, work / "cohort")
@@ -160,23 +160,22 @@ def write_cohort(
     return new
 
 
-def _copy_earlier(rows: dict[str, dict[str, Any]], slots: dict[str, np.ndarray], out: Path) -> None:
-    """Fill the slots of scans that are in the cohort of before; `rows` by subject."""
-    if not rows:
+def _copy_earlier(digests: dict[str, str], slots: dict[str, np.ndarray], out: Path) -> None:
+    """Fill the slots of scans that are in the cohort of before; `digests` of these subjects."""
+    if not digests:
         return
-    missing = set(rows)
+    missing = set(digests)
     try:
         known = describe_prepared(out)
         for shard in known.shards:
             plain, scans = split_series(read_parquet(shard), len(known.regions), shard)
-            subjects = plain.column("subject_id").to_pylist()
-            for number, subject in enumerate(subjects):
+            for number, subject in enumerate(plain.column("subject_id").to_pylist()):
                 if subject not in missing:
                     continue
                 found = view_series(scans.slice(number, 1).combine_chunks(), len(known.regions))
-                if digest_values(found) != rows[subject]["record"]["digest"]:
+                if digest_values(found) != digests[subject]:
                     raise CohortError(f"{shard}: the series of {subject} changed.")
-                slots[rows[subject]["source"]][:] = found
+                slots[subject][:] = found
                 missing.discard(subject)
         if missing:
             raise CohortError(f"{out}: {len(missing)} of its scans are gone.")

@@ -129,7 +129,7 @@ def _say(prepared: "Prepared", out: Path) -> None:
     table = prepared.quality
     refused = table[table["status"] == "refused"]
     for row in refused.head(MAX_NAMED).itertuples():
-        print(f"left out {row.source}: {row.reason}", file=sys.stderr)
+        print(f"left out {row.subject_id} ({row.source}): {row.reason}", file=sys.stderr)
     if len(refused) > MAX_NAMED:
         print(f"and {len(refused) - MAX_NAMED} more, see {out / 'quality.tsv'}", file=sys.stderr)
     if prepared.without_scan:

@@ -70,12 +70,18 @@ def write_cohort_report(folder: str | Path) -> Path:
         Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
         .from_string(template)
         .render(
-            title=f"Quality of {folder.resolve().name}",
+            title=f"Quality of {len(used)} scans",
             cards=_cards(table, used, manifest),
             settings=_settings(manifest),
-            left_out=_records(table[table["status"] == "refused"], ("source", "reason")),
-            not_used=_records(table[table["status"] == "not used"], ("source", "reason")),
-            warned=_records(used[used["warnings"].fillna("") != ""], ("source", "warnings")),
+            left_out=_records(
+                table[table["status"] == "refused"], ("subject_id", "source", "reason")
+            ),
+            not_used=_records(
+                table[table["status"] == "not used"], ("subject_id", "source", "reason")
+            ),
+            warned=_records(
+                used[used["warnings"].fillna("") != ""], ("subject_id", "source", "warnings")
+            ),
             figures=[
                 _embed(_draw_measures(used), "All scans that are used; the line is the median."),
                 _embed(*_draw_regions(folder, used)),
