@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -16,8 +17,8 @@ from .array_files import RawSeries, readable
 from .mat_files import MAX_SAMPLES
 from .series import CohortError, check_labels, some
 
-#: Time points of a dense series that are in memory at once: 91,282 grayordinates take 23 MB.
-BLOCK_TIMEPOINTS = 64
+#: Bytes of a dense series that are in memory at once.
+BLOCK_BYTES = 8 * 2**20
 #: Labels of a label file that name no region.
 _BACKGROUND = {"???", "background", "unknown", ""}
 
@@ -43,7 +44,7 @@ def read_ptseries(path: Path) -> RawSeries:
         if sorted(kind.__name__ for kind in kinds) != ["ParcelsAxis", "SeriesAxis"]:
             raise CohortError(_axes_message(path, "series x parcels (.ptseries.nii)", axes))
         time, parcels = (axes[kinds.index(kind)] for kind in (SeriesAxis, ParcelsAxis))
-        values = _block(image, 0, image.shape[0])
+        values = _block(image, ...)
         if kinds[0] is ParcelsAxis:
             values = values.T
         labels = [str(name) for name in parcels.name]
@@ -70,37 +71,54 @@ def read_dtseries(path: Path, label_files: tuple[Path, ...], atlas: str = "") ->
     """
     dlabel = _choose_labels(path, label_files, atlas)
     with readable(dlabel, "a CIFTI label file (.dlabel.nii)"):
-        labels_image, label_axes = _open(dlabel)
-        if not isinstance(label_axes[0], LabelAxis) or not isinstance(
-            label_axes[1], BrainModelAxis
-        ):
-            raise CohortError(_axes_message(dlabel, "labels x grayordinates", label_axes))
-        keys = np.asarray(labels_image.dataobj[0], np.float64)
-        table = label_axes[0].label[0]
-        names = {int(key): str(name).strip() for key, (name, _) in table.items()}
-    keep = [k for k in sorted(names) if k != 0 and names[k].lower() not in _BACKGROUND]
-    keep = [k for k in keep if (keys == k).any()]
-    if not keep:
-        raise CohortError(f"{dlabel}: expected labelled regions, found none. Use another file.")
-    check_labels([names[k] for k in keep], str(dlabel))
+        labels = _read_labels(dlabel, dlabel.stat().st_mtime_ns)
+    keep = list(labels.names)
     with readable(path, "a CIFTI file of dense series (.dtseries.nii)"):
         image, axes = _open(path)
         if not isinstance(axes[0], SeriesAxis) or not isinstance(axes[1], BrainModelAxis):
             raise CohortError(_axes_message(path, "series x grayordinates (.dtseries.nii)", axes))
-        wanted = _on_grayordinates(axes[1], label_axes[1], keys, path, dlabel)  # (grayordinates,)
+        wanted = _on_grayordinates(axes[1], labels, path, dlabel)  # (grayordinates,)
         place = np.searchsorted(keep, wanted).clip(max=len(keep) - 1)
         region = np.where(np.asarray(keep)[place] == wanted, place, -1)
         values = _means(image, region, len(keep))
         found = np.bincount(region[region >= 0], minlength=len(keep)) > 0
         if found.sum() < 0.9 * len(keep):
-            lost = [names[k] for k, there in zip(keep, found, strict=True) if not there]
+            lost = [labels.names[k] for k, there in zip(keep, found, strict=True) if not there]
             raise CohortError(
                 f"{path}: expected the {len(keep)} regions of {dlabel.name}, found only "
                 f"{int(found.sum())} of them among its grayordinates; missing: {some(lost)}. "
                 "Use a label file for the same grayordinates."
             )
         tr, source = _step(axes[0])
-    return RawSeries(values, [names[k] for k in keep], 1, tr, source)
+    return RawSeries(values, list(labels.names.values()), 1, tr, source)
+
+
+class _Labels(NamedTuple):
+    """What a label file says: its axis, the value of each grayordinate, value -> name."""
+
+    axis: BrainModelAxis
+    keys: np.ndarray
+    names: dict[int, str]
+
+
+@lru_cache(maxsize=2)
+def _read_labels(path: Path, changed: int) -> _Labels:
+    """Regions of a label file, by value; read once per process and file date."""
+    image, axes = _open(path)
+    if not isinstance(axes[0], LabelAxis) or not isinstance(axes[1], BrainModelAxis):
+        raise CohortError(_axes_message(path, "labels x grayordinates", axes))
+    keys = np.nan_to_num(np.asarray(image.dataobj[0], np.float64))
+    table = {int(key): str(name).strip() for key, (name, _) in axes[0].label[0].items()}
+    used = set(np.unique(keys).tolist())
+    names = {
+        key: table[key]
+        for key in sorted(table)
+        if key > 0 and key in used and table[key].lower() not in _BACKGROUND
+    }
+    if not names:
+        raise CohortError(f"{path}: expected labelled regions, found none. Use another file.")
+    check_labels(list(names.values()), str(path))
+    return _Labels(axes[1], keys, names)
 
 
 def _open(path: Path) -> tuple[Any, list[Any]]:
@@ -137,10 +155,10 @@ def _axes_message(path: Path, expected: str, axes: list[Any]) -> str:
     )
 
 
-def _block(image: Any, start: int, stop: int) -> np.ndarray:
-    """Rows of the matrix as float32, infinite where a stored number overflows it."""
+def _block(image: Any, part: Any) -> np.ndarray:
+    """Part of the matrix as float32, infinite where a stored number overflows it."""
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(image.dataobj[start:stop]).astype(np.float32)
+        return np.array(image.dataobj[part]).astype(np.float32, copy=False)
 
 
 def _step(axis: SeriesAxis) -> tuple[float | None, str]:
@@ -188,16 +206,17 @@ def _choose_labels(path: Path, label_files: tuple[Path, ...], atlas: str) -> Pat
 
 
 def _on_grayordinates(
-    series: BrainModelAxis, labels: BrainModelAxis, keys: np.ndarray, path: Path, dlabel: Path
+    series: BrainModelAxis, source: _Labels, path: Path, dlabel: Path
 ) -> np.ndarray:
     """Label of each grayordinate of the series, shape (grayordinates,), 0 where it has none."""
+    labels = source.axis
     found = np.zeros(len(series), np.int64)
     known = {name: (part, model) for name, part, model in labels.iter_structures()}
     for name, part, model in series.iter_structures():
         if name not in known:
             continue
         other_part, other = known[name]
-        own = np.nan_to_num(keys[other_part]).astype(np.int64)
+        own = source.keys[other_part].astype(np.int64)
         if name in series.nvertices:
             if series.nvertices[name] != labels.nvertices.get(name):
                 raise CohortError(
@@ -222,36 +241,39 @@ def _on_grayordinates(
         volume = np.zeros(shape, np.int64)
         volume[tuple(other.voxel.T)] = own
         found[part] = volume[tuple(model.voxel.T)]
-    return np.maximum(found, 0)
+    return found
 
 
 def _means(image: Any, region: np.ndarray, count: int) -> np.ndarray:
-    """Region means (time, regions) float32 of a dense series, read in blocks of time.
+    """Region means (time, regions) float32 of a dense series, read in blocks of grayordinates.
+
+    NOTE: time runs fastest in the file, so that blocks of time would read all of it every time.
 
     Parameters
     ----------
     region : numpy.ndarray of int, shape (grayordinates,)
         Row of the result, -1 for none.
     """
-    inside = np.flatnonzero(region >= 0)
-    member = sparse.csr_matrix(
-        (np.ones(len(inside)), (region[inside], np.arange(len(inside)))),
-        shape=(count, len(inside)),
-    )
-    time = image.shape[0]
-    sums = np.empty((time, count))
-    signal = np.zeros(len(inside), bool)
-    holes = np.zeros(len(inside), np.int64)
-    for start in range(0, time, BLOCK_TIMEPOINTS):
-        block = _block(image, start, min(start + BLOCK_TIMEPOINTS, time))[:, inside]
-        nan = np.isnan(block)
-        holes += nan.sum(axis=0)
-        block[nan] = 0
-        signal |= (block != 0).any(axis=0)
-        sums[start : start + len(block)] = (member @ block.T.astype(np.float64)).T
-    voted = member @ signal.astype(float)
-    broken = member @ ((holes > 0) & (holes < time)).astype(float) > 0
+    sums = np.zeros((count, image.shape[0]))
+    voted, broken = np.zeros(count), np.zeros(count, bool)
+    step = max(1, BLOCK_BYTES // (4 * image.shape[0]))
+    for start in range(0, image.shape[1], step):
+        stop = min(start + step, image.shape[1])
+        inside = np.flatnonzero(region[start:stop] >= 0)
+        if not len(inside):
+            continue
+        own = region[start:stop][inside]
+        block = _block(image, (slice(None), slice(start, stop))).T[inside]  # (grayordinates, time)
+        missing = np.isnan(block)
+        if missing.any():
+            broken[own[missing.any(axis=1) & ~missing.all(axis=1)]] = True
+            block[missing] = 0
+        voted += np.bincount(own[block.any(axis=1)], minlength=count)
+        member = sparse.csr_matrix(
+            (np.ones(len(own)), (own, np.arange(len(own)))), shape=(count, len(own))
+        )
+        sums += member @ block.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        values = (sums / voted).astype(np.float32)
+        values = (sums.T / voted).astype(np.float32)
     values[:, broken | (voted == 0)] = np.nan
     return values
