@@ -209,6 +209,8 @@ def read_delimited(path: Path) -> RawSeries:
         split = [line.split(mark) for line in text.splitlines()]
     table = [(number, [c.strip() for c in row]) for number, row in enumerate(split, start=1)]
     table = [(number, row) for number, row in table if any(row)]
+    if not table:
+        raise CohortError(f"{path}: expected a table, found no text in it. Write it again.")
     header = table[0][1]
     rows, lines = [row for _, row in table[1:]], [number for number, _ in table[1:]]
     counts = [str(i) for i in range(len(header) + 1)]

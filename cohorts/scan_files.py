@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,8 @@ from .volumes import region_means
 
 #: Spaces of fMRIPrep in which every brain keeps its own shape; no atlas fits there.
 NATIVE_SPACES = {"", "T1w", "T2w", "func", "boldref", "orig", "anat", "individual"}
+#: NIfTI's code for coordinates of the scanner; images in MNI space say 4 there.
+SCANNER_SPACE = 1
 #: Two repetition times that differ by more than this share are named in a warning.
 TR_TOLERANCE = 0.01
 #: Centres of one region in two tables of the same atlas lie nearer than this, in mm.
@@ -87,15 +89,17 @@ def read_scan(
     ParcelSeries
         Checked; values (time, regions) float32 in the order of the atlas.
     dict
-        path, kind, space, tr (s), tr_source, volumes_read, n_scrubbed, n_regressors, mean_fd and
-        max_fd (mm, None where unknown), mask, warnings (text); plain values for JSON.
+        path, kind, space, regions_by (how series were matched to regions: names, columns, values,
+        similar names, order, label volume), tr (s), tr_source, volumes_read, n_scrubbed,
+        n_regressors, mean_fd and max_fd (mm, None where unknown), mask, warnings (text); plain
+        values for JSON.
 
     Raises
     ------
     CohortError
         Whatever is wrong with file, labels, TR, confounds or numbers, with the path.
     """
-    raw, regions, name = _read(scan, atlas, time_axis)
+    raw, regions, name, matched_by = _read(scan, atlas, time_axis)
     tr, tr_source, notes = _choose_tr(scan, raw, tr)
     check_band(band_pass, tr, str(scan.path))
     values = raw.values
@@ -118,6 +122,7 @@ def read_scan(
         "path": str(scan.path),
         "kind": scan.kind,
         "space": scan.space,
+        "regions_by": matched_by,
         "tr": float(tr),
         "tr_source": tr_source,
         "volumes_read": len(values),
@@ -133,11 +138,13 @@ def read_scan(
 
 def _read(
     scan: ScanSource, atlas: Atlas | None, time_axis: int | None
-) -> tuple[RawSeries, pd.DataFrame, str]:
-    """Series (time, regions) in the order of a region table, that table, and the atlas' name."""
+) -> tuple[RawSeries, pd.DataFrame, str, str]:
+    """Series (time, regions) in the order of a region table, that table, the atlas' name, and by
+    what the two were matched.
+    """
     if scan.kind == "volume":
         atlas = _volume_atlas(scan, atlas)
-        return _read_volume(scan, atlas), atlas.regions_table(), atlas.name
+        return _read_volume(scan, atlas), atlas.regions_table(), atlas.name, "label volume"
     if scan.kind == "dtseries":
         raw = read_dtseries(scan.path, scan.extra, atlas.name if atlas else scan.atlas)
     elif scan.kind == "parquet":
@@ -165,8 +172,9 @@ def _read(
             "coordinates. Name an atlas, or put regions.tsv (label, x, y, z) into the folder."
         )
     beside = None if atlas is None or scan.regions is None else read_regions(scan.regions)
-    values, notes = _in_order(raw, regions, name, str(scan.path), time_axis, beside)
-    return raw._replace(values=values, warnings=(*raw.warnings, *notes)), regions, name
+    values, labels_by, notes = _in_order(raw, regions, name, str(scan.path), time_axis, beside)
+    raw = raw._replace(values=values, warnings=(*raw.warnings, *notes))
+    return raw, regions, name, labels_by
 
 
 # --- volumes ------------------------------------------------------------------------------------
@@ -199,11 +207,15 @@ def _read_volume(scan: ScanSource, atlas: Atlas) -> RawSeries:
             # NOTE: 1 without a unit is what software writes that does not know the TR.
             seconds, source = None, "the NIfTI header says 1 without a unit, its default"
         found = region_means(scan.path, atlas, scan.mask)
-        thin = np.flatnonzero((found.covered < 0.5) & (found.voxels > 0))
         notes: tuple[str, ...] = ()
+        if int(image.header["sform_code"] or image.header["qform_code"]) == SCANNER_SPACE and (
+            "MNI" in atlas.space and "MNI" not in scan.space
+        ):
+            notes = ("The header says scanner coordinates; is the image in MNI space?",)
+        thin = np.flatnonzero((found.covered < 0.5) & (found.voxels > 0))
         if len(thin):
             names = [atlas.labels[column] for column in thin]
-            notes = (f"{len(thin)} regions with signal in less than half: {some(names)}.",)
+            notes += (f"{len(thin)} regions with signal in less than half: {some(names)}.",)
     return RawSeries(found.values, list(atlas.labels), 1, seconds, source, None, notes)
 
 
@@ -280,10 +292,11 @@ def _in_order(
     where: str,
     time_axis: int | None,
     beside: pd.DataFrame | None = None,
-) -> tuple[np.ndarray, list[str]]:
+) -> tuple[np.ndarray, str, list[str]]:
     """Values (time, regions) float32 in the order of `regions`; NaN for regions without series.
 
-    `beside` is the region table of the folder, which says what the file's labels mean.
+    With them, by what the labels were matched, and warnings. `beside` is the region table of the
+    folder, which says what the file's labels mean.
     """
     values, count, notes = raw.values, len(regions), []
     if raw.labels is not None and raw.label_axis is not None:
@@ -300,9 +313,11 @@ def _in_order(
             "is time."
         )
     labels = raw.labels
-    places, extra = (None, []) if labels is None else _match_through(labels, regions, beside)
+    places, extra, how = None, [], "order"
+    if labels is not None:
+        places, extra, how = _match_through(labels, regions, beside)
     if labels is not None and extra and _counts(labels) and len(labels) == count:
-        places, labels = None, None
+        places, labels, how = None, None, "order"
         notes.append("Column names only count; regions are taken in the order of the atlas.")
     if labels is None or places is None:
         if values.shape[1] != count:
@@ -324,7 +339,7 @@ def _in_order(
     with np.errstate(over="ignore", invalid="ignore"):
         ordered = values[:, np.maximum(places, 0)].astype(np.float32)
     ordered[:, places < 0] = np.nan
-    return ordered, notes
+    return ordered, how, notes
 
 
 def _counts(labels: list[str]) -> bool:
@@ -346,9 +361,17 @@ def _value(label: str) -> str:
     return match[1] if match else text
 
 
+class _Matched(NamedTuple):
+    """Column of each region in a file (-1: none), labels of no region, and by what it was found."""
+
+    places: np.ndarray
+    extra: list[str]
+    by: str
+
+
 def _match_through(
     labels: list[str], regions: pd.DataFrame, beside: pd.DataFrame | None
-) -> tuple[np.ndarray, list[str]]:
+) -> _Matched:
     """As `_match`, over the region table beside the scans where that one knows the labels.
 
     NOTE: values alone would fit two atlases with as many regions, so a table with other names
@@ -356,31 +379,32 @@ def _match_through(
     """
     if beside is None:
         return _match(labels, regions)
-    columns, unknown = _match(labels, beside)  # (regions of the table,)
+    columns, unknown, _ = _match(labels, beside)  # (regions of the table,)
     if unknown:
         return _match(labels, regions)
     there = beside[columns >= 0]
-    rows, extra = _match(list(there["label"]), regions.drop(columns="atlas_value", errors="ignore"))
-    if extra and "atlas_value" in there:
-        by_value, none = _match(list(there["atlas_value"]), regions)
-        axes, used = ["x", "y", "z"], by_value >= 0
-        apart = there[axes].to_numpy()[by_value[used]] - regions[axes].to_numpy()[used]
-        if not none and (np.linalg.norm(apart, axis=1) <= SAME_PLACE_MM).all():
-            rows, extra = by_value, []
+    found = _match(list(there["label"]), regions.drop(columns="atlas_value", errors="ignore"))
+    if found.extra and "atlas_value" in there:
+        by_value = _match(list(there["atlas_value"]), regions)
+        axes, used = ["x", "y", "z"], by_value.places >= 0
+        apart = there[axes].to_numpy()[by_value.places[used]] - regions[axes].to_numpy()[used]
+        if not by_value.extra and (np.linalg.norm(apart, axis=1) <= SAME_PLACE_MM).all():
+            found = by_value
     known = columns[columns >= 0]
-    return np.where(rows >= 0, known[np.maximum(rows, 0)], -1), extra
+    places = np.where(found.places >= 0, known[np.maximum(found.places, 0)], -1)
+    return _Matched(places, found.extra, f"regions.tsv and {found.by}")
 
 
-def _match(labels: list[str], regions: pd.DataFrame) -> tuple[np.ndarray, list[str]]:
-    """Column of each region in a file with these labels (-1: none), and labels of no region."""
-    names: list[tuple[str, Callable[[str], str]]] = [
-        ("label", str),
-        ("column", str),
-        ("atlas_value", _value),
-        ("label", _plain),
+def _match(labels: list[str], regions: pd.DataFrame) -> _Matched:
+    """Match labels to regions in the spelling that leaves the fewest labels over."""
+    spellings: list[tuple[str, str, Callable[[str], str]]] = [
+        ("names", "label", str),
+        ("columns", "column", str),
+        ("values", "atlas_value", _value),
+        ("similar names", "label", _plain),
     ]
-    best: tuple[np.ndarray, list[str]] | None = None
-    for column, spell in names:
+    best: _Matched | None = None
+    for by, column, spell in spellings:
         if column not in regions:
             continue
         keys = [spell(text) for text in regions[column]]
@@ -391,11 +415,11 @@ def _match(labels: list[str], regions: pd.DataFrame) -> tuple[np.ndarray, list[s
         places = np.array([place.get(key, -1) for key in keys])
         known = set(keys)
         extra = [label for label, key in zip(labels, found, strict=True) if key not in known]
-        if best is None or len(extra) < len(best[1]):
-            best = places, extra
+        if best is None or len(extra) < len(best.extra):
+            best = _Matched(places, extra, by)
         if not extra and (places >= 0).all():
             break
-    return best if best is not None else (np.full(len(regions), -1), list(labels))
+    return best or _Matched(np.full(len(regions), -1), list(labels), "names")
 
 
 def _choose_tr(

@@ -1,5 +1,6 @@
 """One scan comes back from every format; what cannot be trusted is refused with the reason."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -75,13 +76,16 @@ def test_columns_are_put_in_order_by_label(example, tmp_path, spelling):
         "7networks": [f"7Networks_{label}" for label in example.labels],
         "case": [label.upper().replace("_", "-") for label in example.labels],
     }[spelling]
+    by = {"name": "names", "code": "values"}.get(spelling, "similar names")
     order = np.random.default_rng(1).permutation(20)
     path = tmp_path / "sub-01_timeseries.tsv"
     frame = pd.DataFrame(example.values, columns=spelled).iloc[:, order]
     frame.to_csv(path, sep="\t", index=False)
     np.testing.assert_array_equal(read(path, example.atlas, tr=2.0)[0].values, example.values)
     frame.T.to_csv(path, sep="\t")  # (regions, time), square or not
-    np.testing.assert_array_equal(read(path, example.atlas, tr=2.0)[0].values, example.values)
+    scan, facts = read(path, example.atlas, tr=2.0)
+    np.testing.assert_array_equal(scan.values, example.values)
+    assert facts["regions_by"] == by
 
 
 def test_two_lost_regions_stay_as_masked_columns(example, tmp_path):
@@ -255,6 +259,16 @@ def test_an_image_elsewhere_and_in_native_space(example, tmp_path):
     refused(native, None, "expected an atlas to average the volume over")
 
 
+def test_scanner_coordinates_are_worth_a_warning(example, tmp_path):
+    image, path = example.image(), tmp_path / "sub-01_bold.nii"
+    mni = dataclasses.replace(example.atlas, space="MNI152NLin6Asym")
+    for code, warned in ((1, True), (4, False)):
+        image.set_sform(image.affine, code)
+        image.set_qform(image.affine, code)
+        nibabel.save(image, path)
+        assert ("is the image in MNI space?" in read(path, mni)[1]["warnings"]) is warned
+
+
 def test_pickled_arrays_are_refused_and_not_run(example, tmp_path):
     path = tmp_path / "sub-01.npy"
     np.save(path, np.array([{"a": 1}], dtype=object))
@@ -294,6 +308,7 @@ TEXTS = {
     "doubled header": (lambda t: t.split("\n")[0] + "\n" + t, r"line 2: .*doubled header"),
     "doubled column": (lambda t: t.replace("Area_01", "Area_00"), r"line 1: .*duplicated: Area_00"),
     "ragged": (lambda t: t.replace("\t9", "\t\t9", 1), r"line 2: expected 20 columns, found 21"),
+    "blank": (lambda t: "\t\t\n \n", r"expected a table, found no text in it"),
     "header only": (lambda t: t.split("\n")[0], r"expected rows below the header, found none"),
     "commas": (lambda t: t.replace("\t", ","), r"line 1: expected columns separated by tabs"),
 }
