@@ -313,9 +313,8 @@ def _in_order(
             "is time."
         )
     labels = raw.labels
-    places, extra, how = None, [], "order"
-    if labels is not None:
-        places, extra, how = _match_through(labels, regions, beside)
+    found = None if labels is None else _match_through(labels, regions, beside)
+    places, extra, how = found or (None, [], "order")
     if labels is not None and extra and _counts(labels) and len(labels) == count:
         places, labels, how = None, None, "order"
         notes.append("Column names only count; regions are taken in the order of the atlas.")

@@ -308,7 +308,7 @@ TEXTS = {
     "doubled header": (lambda t: t.split("\n")[0] + "\n" + t, r"line 2: .*doubled header"),
     "doubled column": (lambda t: t.replace("Area_01", "Area_00"), r"line 1: .*duplicated: Area_00"),
     "ragged": (lambda t: t.replace("\t9", "\t\t9", 1), r"line 2: expected 20 columns, found 21"),
-    "blank": (lambda t: "\t\t\n \n", r"expected a table, found no text in it"),
+    "blank": (lambda t: '""\t""\n', r"expected a table, found no text in it"),
     "header only": (lambda t: t.split("\n")[0], r"expected rows below the header, found none"),
     "commas": (lambda t: t.replace("\t", ","), r"line 1: expected columns separated by tabs"),
 }
