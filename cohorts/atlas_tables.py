@@ -125,14 +125,14 @@ def _read_text(raw: bytes, path: Path) -> list[tuple]:
     header = [cell.lower() for cell in _cells(lines[0], delimiter)]
     if len(header) > 1 and not _is_integer(header[0]):
         if set(header) & {*VALUE_COLUMNS, *NAME_COLUMNS}:
-            rows = [_cells(line, delimiter) for line in lines[1:]]
-            return _read_header_table(rows, header, path)
+            below = [_cells(line, delimiter) for line in lines[1:]]
+            return _read_header_table(below, header, path)
         # Names may hold commas, but below a header lie values.
         if any(_is_integer(cell) for line in lines[1:2] for cell in _cells(line, delimiter)):
             raise _no_values(header, path)
     if not _is_integer(_words(lines[0])[0]):  # one name a line, the values are 1, 2, ...
         return [(value, line) for value, line in enumerate(lines, start=1)]
-    rows = []
+    rows: list[tuple] = []
     for line in lines:
         value, *rest = _words(line)
         numbers = [_number(cell) for cell in rest]

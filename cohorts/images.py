@@ -50,7 +50,8 @@ def load_image(path: str | Path) -> Any:
     try:
         image: Any = nibabel.load(path)
         known = isinstance(image, nibabel.Nifti1Pair)
-        affine, data = image.affine if known else None, image.dataobj
+        affine: Any = image.affine if known else np.zeros((4, 4))
+        data = image.dataobj
         shape, dtype = tuple(int(n) for n in image.shape), np.dtype(data.dtype)
         offset, data_path = int(data.offset), Path(data.file_like)
         stored = data_path.stat().st_size
@@ -70,7 +71,7 @@ def load_image(path: str | Path) -> Any:
         raise CohortError(f"{path}: expected real numbers, found voxels of {dtype}. Convert it.")
     if not shape or min(shape) < 1:
         raise CohortError(f"{path}: expected voxels, found shape {shape}. {DOWNLOAD_AGAIN}")
-    if affine is None or not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise CohortError(
             f"{path}: expected an affine that places the voxels in mm, found one that is not "
             f"finite or has no volume: {np.round(affine, 3).tolist()}. Repair the header."
@@ -173,7 +174,7 @@ def read_blocks(
     CohortError
         The file ends early or is corrupted.
     """
-    import nibabel
+    from nibabel.openers import ImageOpener
 
     count = image.shape[3]
     voxels = math.prod(image.shape[:3])
@@ -188,11 +189,11 @@ def read_blocks(
     buffer = np.empty((step, voxels), data.dtype)
     volume = -1
     try:
-        with nibabel.openers.ImageOpener(data.file_like) as stream:
+        with ImageOpener(data.file_like) as stream:
             stream.seek(data.offset)
             for first in range(0, count, step):
                 volume, size = first, min(step, count - first)
-                _fill(stream, memoryview(buffer[:size]).cast("B"))
+                _fill(stream, buffer[:size].data.cast("B"))
                 yield first, buffer[:size]
             # The checksum of a compressed file is looked at where it ends, which damage can move.
             while str(data.file_like).lower().endswith(".gz") and stream.read(2**20):
