@@ -79,9 +79,7 @@ def write_cohort_report(folder: str | Path) -> Path:
             not_used=_records(
                 table[table["status"] == "not used"], ("subject_id", "source", "reason")
             ),
-            warned=_records(
-                used[used["warnings"].fillna("") != ""], ("subject_id", "source", "warnings")
-            ),
+            warned=_records(used[used["warnings"].notna()], ("subject_id", "source", "warnings")),
             figures=[
                 _embed(_draw_measures(used), "All scans that are used; the line is the median."),
                 _embed(*_draw_regions(folder, used)),
@@ -100,6 +98,9 @@ def write_cohort_report(folder: str | Path) -> Path:
     return path
 
 
+# Columns of text, also where every cell of a file is empty.
+_TEXT = ("subject_id", "session", "task", "run", "reason", "source", "masked_regions", "warnings")
+# Columns of the table of all scans, with their heads.
 _COLUMNS = {
     "subject_id": "subject",
     "session": "session",
@@ -123,7 +124,7 @@ def _read(folder: Path) -> tuple[pd.DataFrame, dict[str, Any]]:
             folder / "quality.tsv",
             sep="\t",
             na_values=["n/a"],
-            dtype=dict.fromkeys(("subject_id", "session", "task", "run"), str),
+            dtype=dict.fromkeys(_TEXT, str),
         )
         manifest = json.loads((folder / "prepare.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -176,7 +177,8 @@ def draw_carpet(values: np.ndarray, tr: float, title: str) -> Figure:
     from matplotlib.figure import Figure
 
     with _style():
-        figure = Figure(figsize=(5.0, 2.9), layout="constrained")
+        figure = Figure(figsize=(5.0, 2.9))
+        figure.subplots_adjust(left=0.1, right=0.985, top=0.91, bottom=0.14, hspace=0.12)
         trace, carpet = figure.subplots(2, 1, sharex=True, height_ratios=(1, 3.4))
         trace.set_title(title)
     usable = np.isfinite(values).all(axis=0) & (np.ptp(values, axis=0) > 0)

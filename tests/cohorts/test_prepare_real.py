@@ -1,15 +1,24 @@
 """918 real scans in the files of other tools: exactly the cohort's numbers, in minutes."""
 
+import resource
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from cortexicon.cohorts import AtlasChoice, People, Reading, load_cohort, prepare_cohort
 
-#: Two cores; the whole command may take 120 s there when nothing else runs.
-MAX_SECONDS = 120
+#: Two minutes of two cores. Processor time: on a shared machine the clock measures the neighbours.
+MAX_CPU_SECONDS = 2 * 120
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of its children, which are ended first."""
+    get_reusable_executor().shutdown(wait=True)
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 @pytest.mark.slow
@@ -26,7 +35,7 @@ def test_918_scans_come_back_exactly_and_in_time(data_folder, tmp_path, capsys):
         name = f"{subject}_rois_cc200.1D", f"{subject}_timeseries.tsv"
         kind = place % 2
         np.savetxt(scans / name[kind], values, "%.9g", "\t", header=header[kind], comments="")
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_seconds()
     prepared = prepare_cohort(
         scans,
         tmp_path / "out",
@@ -34,9 +43,9 @@ def test_918_scans_come_back_exactly_and_in_time(data_folder, tmp_path, capsys):
         Reading(AtlasChoice("cc200", folder=str(data_folder / "atlases"))),
         num_proc=2,
     )
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, cpu_seconds() - before
     with capsys.disabled():
-        print(f"\n918 scans from .1D and .tsv in {seconds:.1f} s by two processes")
+        print(f"\n918 scans in {seconds:.1f} s by two processes, {cpu:.1f} s of processor time")
     cohort = load_cohort(tmp_path / "out")
     status = prepared.quality["status"].value_counts()
     # One scan lacks 27 regions; two people share one scan (ABIDE has it so).
@@ -46,7 +55,7 @@ def test_918_scans_come_back_exactly_and_in_time(data_folder, tmp_path, capsys):
         np.testing.assert_array_equal(cohort.series(subject).values, known.series(subject).values)
         assert cohort.series(subject).tr == known.series(subject).tr
     np.testing.assert_allclose(cohort.coordinates, known.coordinates, atol=0.051)
-    assert seconds < MAX_SECONDS
+    assert cpu < MAX_CPU_SECONDS
 
 
 @pytest.mark.data
