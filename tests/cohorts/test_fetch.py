@@ -17,7 +17,9 @@ import pandas as pd
 import pytest
 import requests
 
-from cortexicon.cohorts import CohortError, fetch_cohort, read_participants
+from cortexicon.cohorts import CohortError, fetch_cohort, load_cohort, read_participants
+from cortexicon.cohorts.prepare import People, prepare_cohort
+from cortexicon.cohorts.scan_results import AtlasChoice, Reading
 from cortexicon.cohorts.sources import find_scans
 
 PAGE = b"<!DOCTYPE html><html><body>Please log in</body></html>"
@@ -65,8 +67,8 @@ def server(monkeypatch):
 
 
 def volume(seed):
-    """A compressed NIfTI file of 5 x 6 x 4 voxels and 20 volumes."""
-    values = np.random.default_rng(seed).integers(0, 900, (5, 6, 4, 20)).astype(np.int16)
+    """A NIfTI file of 5 x 6 x 4 voxels and 60 volumes at 2 s, and its numbers."""
+    values = np.random.default_rng(seed).integers(0, 900, (5, 6, 4, 60)).astype(np.int16)
     image = nibabel.Nifti1Image(values, np.diag([4.0, 4.0, 4.0, 1.0]))
     image.header.set_zooms((4.0, 4.0, 4.0, 2.0))
     return nibabel.Nifti1Image.to_bytes(image), values
@@ -116,7 +118,8 @@ def serve_abide(server, rows=ABIDE_ROWS):
             continue
         series[name] = np.random.default_rng(seed).normal(0, 9, (30, 6)).round(4)
         buffer = io.BytesIO()
-        np.savetxt(buffer, series[name], "%.4f", "\t", header="\t".join(f"#{k}" for k in range(6)))
+        head = "\t".join(f"#{value}" for value in range(1, 7))
+        np.savetxt(buffer, series[name], "%.4f", "\t", header=head, comments="")
         url = f"{ABIDE}/Outputs/cpac/nofilt_noglobal/rois_cc200/{name}_rois_cc200.1D"
         server.files[url] = buffer.getvalue()
     return series
@@ -139,6 +142,42 @@ def test_abide_comes_as_series_with_intervals_and_people(server, tmp_path):
     for subject, scan in found.items():
         np.testing.assert_array_equal(np.loadtxt(scan.path), series[subject])
     assert found["UM_1_0050272"].tr == 2.0
+
+
+def label_volume(folder, shape, size_mm):
+    """Six regions on a grid, as a label volume."""
+    labels = np.zeros(shape, np.int16)
+    labels.reshape(-1)[: labels.size // 6 * 6] = np.repeat(np.arange(1, 7), labels.size // 6)
+    path = folder / "six.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(labels, np.diag([*[size_mm] * 3, 1.0])), path)
+    return str(path)
+
+
+def test_what_was_fetched_can_be_prepared(server, tmp_path):
+    series = serve_abide(server)
+    fetched = fetch_cohort("abide", tmp_path / "fetched", quiet=True)
+    reading = Reading(AtlasChoice(label_volume(tmp_path, (4, 3, 2), 30.0)))
+    people = People(fetched.participants)
+    prepared = prepare_cohort(fetched.scans, tmp_path / "cohort", people, reading)
+    cohort = load_cohort(prepared.path)
+    assert cohort.subject_ids == ["Pitt_0050003", "UM_1_0050272", "Leuven_1_0050682"]
+    for scan in cohort:
+        np.testing.assert_allclose(scan.values, series[scan.subject_id], rtol=1e-6)
+    assert [scan.tr for scan in cohort] == [1.5, 2.0, 1.656]
+    assert cohort.participants["recommended"].tolist() == [True, True, False]
+
+
+def test_fetched_volumes_can_be_prepared_with_their_confounds(server, tmp_path):
+    serve_adhd(server)
+    fetched = fetch_cohort("adhd", tmp_path / "fetched", num_subjects=3, quiet=True)
+    volume_of_labels = label_volume(tmp_path, (5, 6, 4), 4.0)
+    reading = Reading(AtlasChoice(volume_of_labels), confounds="motion+wm_csf")
+    people = People(fetched.participants)
+    prepared = prepare_cohort(fetched.scans, tmp_path / "cohort", people, reading)
+    cohort = load_cohort(prepared.path)
+    assert cohort.subject_ids == ["0010042", "0010064", "0010128"]
+    assert cohort.participants["diagnosis"].tolist() == ["control", "ADHD", "ADHD"]
+    assert cohort.series("0010042").values.shape == (60, 6)
 
 
 def test_what_is_there_is_not_downloaded_again(server, tmp_path):
@@ -186,7 +225,7 @@ def serve_adhd(server):
         data, volumes[subject] = volume(number)
         names = ["csf", "global", "wm", "motion-pitch", "motion-roll", "motion-yaw"]
         names += ["motion-x", "motion-y", "motion-z", "compcor1", "linearTrend"]
-        numbers = np.random.default_rng(number).normal(size=(20, len(names)))
+        numbers = np.random.default_rng(number).normal(size=(60, len(names)))
         table = pd.DataFrame(numbers, columns=names).to_csv(index=False, sep="\t")
         prefix = f"data/{subject}/{subject}"
         server.files[f"{ADHD}/{key}/adhd40_{subject}.tgz"] = archive(
@@ -219,7 +258,7 @@ def test_adhd_comes_as_volumes_whose_confounds_can_be_loaded(server, tmp_path):
         confounds, _ = load_confounds(
             str(scan.path), strategy=("motion", "wm_csf"), motion="full", wm_csf="basic"
         )
-        assert confounds.shape == (20, 26)
+        assert confounds.shape == (60, 26)
 
 
 # --------------------------------------------------------------- development
