@@ -17,6 +17,8 @@ from .series import CohortError, ParcelSeries, check_tr, check_values, some
 SERIES_COLUMN = "time_series"
 FIXED_COLUMNS = ("subject_id", "session", "site", "tr", "n_timepoints")
 _STRING = {pa.large_string(): pa.string(), pa.null(): pa.string()}
+#: Numbers in one chunk of the Arrow table at most.
+MAX_CHUNK = 2**31 - 1
 REGION_COLUMNS = ("label", "x", "y", "z", "size", "hemisphere")
 
 
@@ -321,23 +323,21 @@ def _complete_regions(regions: pd.DataFrame) -> pd.DataFrame:
 def _nest(values: np.ndarray, offsets: np.ndarray, table: pd.DataFrame) -> datasets.Dataset:
     """Arrow table of the scans without a round trip through Python lists."""
     count = values.shape[1]
-    rows = pa.ListArray.from_arrays(
-        pa.array(np.arange(len(values) + 1, dtype=np.int64) * count, pa.int32())
-        if values.size < 2**31
-        else _too_large(values),
-        pa.array(values.reshape(-1)),
-    )
-    scans = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), rows)
+    chunks, first = [], 0
+    while first < len(table):
+        # Offsets into a chunk have 32 bits, so a large cohort needs several chunks.
+        last = int(np.searchsorted(offsets, offsets[first] + MAX_CHUNK // count, "right")) - 1
+        last = max(last, first + 1)
+        block = values[offsets[first] : offsets[last]]
+        rows = np.arange(len(block) + 1, dtype=np.int64) * count
+        volumes = pa.ListArray.from_arrays(pa.array(rows, pa.int32()), pa.array(block.reshape(-1)))
+        starts = pa.array(offsets[first : last + 1] - offsets[first], pa.int32())
+        chunks.append(pa.ListArray.from_arrays(starts, volumes))
+        first = last
     rest = [column for column in table.columns if column not in FIXED_COLUMNS]
     plain = pa.Table.from_pandas(table[list(FIXED_COLUMNS) + rest], preserve_index=False)
-    return to_dataset(plain.replace_schema_metadata(None), pa.chunked_array([scans]), count)
-
-
-def _too_large(values: np.ndarray) -> pa.Array:
-    raise CohortError(
-        f"expected at most {2**31 - 1} numbers in one cohort, found {values.size}. "
-        "Split it into several cohorts."
-    )
+    kind = pa.list_(pa.list_(pa.float32()))
+    return to_dataset(plain.replace_schema_metadata(None), pa.chunked_array(chunks, kind), count)
 
 
 def to_dataset(plain: pa.Table, scans: pa.ChunkedArray, count: int) -> datasets.Dataset:

@@ -8,6 +8,7 @@ import pytest
 
 from cortexicon.cohorts import (
     CohortError,
+    build,
     build_cohort,
     cohort_from_series,
     load_cohort,
@@ -186,3 +187,17 @@ def test_real_cohort(data_folder):
     assert (quality["problem"] == "").all()
     zeros = cohort.participants["n_zero_regions"][cohort.participants["recommended"]]
     assert (quality["n_constant"] == zeros).all()
+
+
+def test_a_cohort_of_more_numbers_than_a_chunk_holds(cohort, tmp_path, monkeypatch):
+    # The limit of 2**31 - 1 numbers, made small: 60 scans of 20 to 24 volumes, 6 regions.
+    values = np.concatenate([scan.values for scan in cohort])
+    table = cohort.participants.reset_index()
+    monkeypatch.setattr(build, "MAX_CHUNK", 1000)
+    chunked = build_cohort(values, table, cohort.regions, cohort.atlas)
+    assert chunked.dataset.data.column("time_series").num_chunks > 5
+    assert chunked.content_hash == cohort.content_hash
+    for subject in cohort.subject_ids:
+        np.testing.assert_array_equal(chunked.series(subject).values, cohort.series(subject).values)
+    save_cohort(chunked, tmp_path / "chunked")
+    assert load_cohort(tmp_path / "chunked").content_hash == cohort.content_hash
