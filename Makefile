@@ -4,6 +4,7 @@
 # make ablations         the cells of training/configs/ablations that have no result yet (JOBS= at once)
 # make ablations-report  their tables in evaluation/RESULTS.md
 # make bench   cost of the codec beside a plain transformer (CODEC= a checkpoint or a configuration)
+# make bench-data  extraction of regions beside nilearn; with COHORT= of `prepare` also reading windows
 # PYTHON=      the interpreter that creates .venv when there is none
 
 PYTHON ?= python3
@@ -39,7 +40,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n '1,7p' Makefile | sed 's/^# //'
+	@sed -n '1,8p' Makefile | sed 's/^# //'
 
 install: $(STAMP)
 
@@ -83,6 +84,14 @@ CODEC ?= training/configs/abide_avq.yaml
 
 bench: $(STAMP)
 	$(CLI) speed $(CODEC) --json runs/speed/$(basename $(notdir $(CODEC))).json
+
+.PHONY: bench-data
+bench-data: $(STAMP)
+	@mkdir -p runs/speed
+	$(BIN)/python -m cortexicon.evaluation.extraction_speed --json runs/speed/extraction.json
+ifneq ($(strip $(COHORT)),)
+	$(BIN)/python -m cortexicon.evaluation.reading_speed $(COHORT) --json runs/speed/reading.json
+endif
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
