@@ -40,7 +40,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     command.add_argument("--num-proc", type=int, default=1, help="processes (default: 1)")
     command.add_argument(
-        "--dask", metavar="ADDRESS", default=None, help="scheduler of a Dask cluster to work on"
+        "--dask",
+        metavar="ADDRESS",
+        default=None,
+        help="scheduler of a Dask cluster that sees the same files; give its workers one thread "
+        "each (`dask worker --nthreads 1`), as a process reads one scan at a time",
     )
 
 
