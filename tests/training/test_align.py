@@ -37,7 +37,7 @@ def tiny_codec(**fields) -> AVQModel:
             num_attention_heads=2,
             encoder_layers=1,
             decoder_layers=1,
-            mixing_heads=2,
+            num_components=6,
             position_features=8,
             text_width=24,
             projection_hidden_size=12,

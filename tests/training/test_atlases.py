@@ -145,7 +145,7 @@ def test_the_paired_loss_is_the_error_of_decoding_elsewhere_and_reaches_the_enco
     assert paired_loss(model, out, batch, other).item() == pytest.approx(error.item(), rel=1e-4)
     model.train()
     paired_loss(model, model(**batch), batch, other).backward()
-    for weight in (model.to_code.weight, model.from_text.weight):
+    for weight in (model.encoder_out.weight, model.read_code.weight):
         assert weight.grad.abs().max() > 0
 
 
