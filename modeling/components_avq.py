@@ -212,7 +212,7 @@ class ComponentStart:
         codes = F.normalize(vectors, dim=-1)
         self.projection.take_codes(codes)
         if bool(self.text_moments.fitted):
-            self.projection.start_at(self.text_moments.mean, self.text_moments.axes(), codes)
+            self.projection.match(self.text_moments.mean, self.text_moments.axes(), codes)
         self._fit_read_code(vectors)
         self.components.started.fill_(True)
         if distributed:  # the same bits everywhere, whatever the machines' libraries

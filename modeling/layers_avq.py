@@ -107,26 +107,50 @@ class TextProjection(nn.Module):
         self.code_scale.copy_((codes - self.code_mean).square().mean().rsqrt().clamp(max=1e3))
 
     @torch.no_grad()
-    def start_at(self, mean, axes, codes=None):
+    def start_at(self, mean, axes):
         """Begin at the text's mean (width,) and along its leading `axes` (width, axes).
 
-        The leading directions of `codes` (codes, code_dim) go there in their order, so that near
-        codes stay near; without codes, those of codes spread evenly, of which any turn will do.
+        As if codes were spread evenly, with variance 1 a direction: any turn of them will do.
         """
         count = min(self.linear.in_features, axes.shape[1])
-        if codes is None:
-            turn = torch.linalg.qr(self.linear.weight[:count].T)[0].T  # (count, code_dim)
-        else:
-            x = ((codes - self.code_mean) * self.code_scale).double()
-            variances, directions = torch.linalg.eigh(x.T @ x / len(x))
-            variances = variances.clamp(min=1e-4 * float(variances.max()))
-            turn = (directions / variances.sqrt()).flip(1).T[:count].to(axes.dtype)
+        turn = torch.linalg.qr(self.linear.weight[:count].T)[0].T  # (count, code_dim)
         self.linear.weight.copy_(axes[:, :count] @ turn)
         self.linear.bias.copy_(mean)
+
+    @torch.no_grad()
+    def match(self, mean, axes, codes):
+        """Give P of unit `codes` (codes, code_dim) the text's mean and, along `axes`, covariance.
+
+        The codes' leading directions go to the text's in their order, so that near codes stay near;
+        what text fills beyond those is filled by the MLP's leading directions that are uncorrelated
+        with them.
+        """
+        x = ((codes - self.code_mean) * self.code_scale).double()
+        white, along = _whitened(x, axes.shape[1])  # (codes, k), (code_dim, k)
+        bent = F.gelu(self.up(x.float())).double()
+        centre, slope = bent.mean(0), white.T @ bent / len(x)
+        rest, turned = _whitened(bent - centre - white @ slope, axes.shape[1] - white.shape[1])
+        first, second = axes.double()[:, : white.shape[1]], axes.double()[:, white.shape[1] :]
+        second = second[:, : rest.shape[1]]
+        self.down.weight.copy_(second @ turned.T)
+        self.linear.weight.copy_(first @ along.T - second @ turned.T @ slope.T @ along.T)
+        self.down.bias.zero_()
+        self.linear.bias.copy_(mean - second @ turned.T @ centre)
 
     def standardize(self, embeddings):
         """Embeddings (..., text_width) in units of the text table's SD around its mean."""
         return (embeddings - self.text_mean) / self.text_scale
+
+
+def _whitened(rows, most):
+    """`rows` (rows, width), centred, on at most `most` leading directions at variance 1, and how.
+
+    (rows, k) and (width, k): the first is the second's product with the centred rows.
+    """
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    kept = min(most, int((variances > 1e-6 * variances[-1]).sum()))
+    scaled = (directions / variances.clamp(min=1e-30).sqrt()).flip(1)[:, :kept]
+    return rows @ scaled, scaled
 
 
 class DomainClassifier(nn.Module):

@@ -177,7 +177,13 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
     }
 
 
-def parameter_groups(model: AVQModel, arguments: AVQArguments) -> list[dict]:
+def parameter_groups(
+    model: AVQModel,
+    weight_decay: float,
+    classifier_rate: float,
+    encoder_rate: float = 1.0,
+    component_rate: float = 1.0,
+) -> list[dict]:
     """Matrices decay; biases, norms, embeddings, the linear path do not; three parts learn slowly.
 
     NOTE: a classifier that wins early is certain, and a certain one has no gradient to reverse; one
@@ -186,12 +192,12 @@ def parameter_groups(model: AVQModel, arguments: AVQArguments) -> list[dict]:
     The encoder is held back because the codebook has to follow it, and the linear path because it
     starts near its best: at the full rate both lose more in a hundred steps than they ever regain.
     """
-    decay, keep = {"weight_decay": arguments.weight_decay}, {"weight_decay": 0.0}
-    slow = {"classifier": {"rate": arguments.classifier_rate, "weight_decay": 1.0}}
+    decay, keep = {"weight_decay": weight_decay}, {"weight_decay": 0.0}
+    slow = {"classifier": {"rate": classifier_rate, "weight_decay": 1.0}}
     for name in ("components", "token_maps", "token_maps_back"):
-        slow[name] = {"rate": arguments.component_rate} | keep
+        slow[name] = {"rate": component_rate} | keep
     for name in ("encoder", "encoder_in", "encoder_out"):
-        slow[name] = {"rate": arguments.encoder_rate}
+        slow[name] = {"rate": encoder_rate}
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         plain = parameter.ndim > 1 and "embedding" not in name and name[:10] != "read_code."
@@ -199,17 +205,6 @@ def parameter_groups(model: AVQModel, arguments: AVQArguments) -> list[dict]:
         group = groups.setdefault(tuple(values.items()), {"params": []} | values)
         group["params"].append(parameter)
     return list(groups.values())
-
-
-def start_components(model: AVQModel, scans: PreparedScans, arguments: AVQArguments) -> None:
-    """Start the linear path from windows of many scans, the same ones on every process."""
-    batches = []
-    for k in range(arguments.component_batches):
-        seed = [arguments.seed, 5, k]
-        batch = draw_windows(scans, model.config.window_length, arguments.batch_size, seed)
-        del batch["scan"]
-        batches.append({key: value.to(model.device) for key, value in batch.items()})
-    model.start_components(batches)
 
 
 def text_vectors(model: AVQModel, text_domain: TextDomain, arguments: AVQArguments) -> torch.Tensor:
@@ -266,7 +261,13 @@ def train(arguments: AVQArguments, run: Run) -> int:
     turns = Turns(atlases, arguments.seed, arguments.paired_decoding > 0)
 
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, arguments),
+        parameter_groups(
+            model,
+            arguments.weight_decay,
+            arguments.classifier_rate,
+            arguments.encoder_rate,
+            arguments.component_rate,
+        ),
         lr=arguments.learning_rate,
         betas=(0.9, 0.95),
     )
@@ -283,8 +284,6 @@ def train(arguments: AVQArguments, run: Run) -> int:
         "processes": accelerator.num_processes,
     }
     resumed = run.begin("avq", arguments, facts, model, optimizer)
-    if arguments.closed_form_start and not resumed.step:
-        start_components(model.to(accelerator.device), atlases[0].training, arguments)
     log = TrainingLog(output, main_process, resumed)
     model, optimizer = accelerator.prepare(model, optimizer)
     raw_model: AVQModel = accelerator.unwrap_model(model)
@@ -327,6 +326,11 @@ def train(arguments: AVQArguments, run: Run) -> int:
         names = turns.scans_at(place).subject_ids
         return StepGuard(accelerator, step, names, raw_model, run.warned)
 
+    if arguments.closed_form_start and not resumed.step:
+        own = [k for k in range(arguments.component_batches) if turns.at(k) == 0]
+        raw_model.start_components(
+            [batch for k in own for batch, *_ in batches_at(5, k, 1, guard_at(0, k))]
+        )
     start_step = int(arguments.codebook_start * arguments.max_steps)
     parts = arguments.accumulation_steps
     for step in (bar := run.steps(resumed.step, arguments.max_steps, "train avq")):
