@@ -26,7 +26,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from cortexicon.modeling import AVQConfig, AVQModel
-from cortexicon.modeling.layers_avq import AVQBlock, RegionPositions
+from cortexicon.modeling.components_avq import RegionMaps
+from cortexicon.modeling.layers_avq import AVQBlock
 from cortexicon.modeling.losses_avq import reconstruction_loss
 from cortexicon.modeling.quantization_avq import AVQCodebook
 
@@ -51,7 +52,7 @@ TINY = {
     "hidden_size": 8,
     "intermediate_size": 8,
     "num_attention_heads": 2,
-    "mixing_heads": 1,
+    "num_components": 2,
     "position_features": 2,
     "text_width": 4,
     "projection_hidden_size": 4,
@@ -71,8 +72,9 @@ class PlainTransformer(nn.Module):
         width, self.patch_length = config.hidden_size, config.patch_length
         self.commitment_weight = float(config.commitment_weight)
         self.embed = nn.Linear(self.patch_length, width)
-        self.positions = RegionPositions(config)
+        self.positions = RegionMaps(config.position_features, config.position_wavelength, width)
         nn.init.normal_(self.positions.frequencies)
+        nn.init.normal_(self.positions.weight)
         self.patch_embedding = nn.Parameter(0.5 * torch.randn(config.num_patches, 1, width))
         self.encoder = nn.ModuleList(AVQBlock(config) for _ in range(config.encoder_layers))
         self.to_code = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, config.code_dim))

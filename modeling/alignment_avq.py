@@ -54,8 +54,8 @@ class TextSpace:
         self.config.text_model_id = model_id
         self.config.text_table_sha256 = tensor_sha256(table)
         if share is not None:
-            axes = self.text_moments.fit(self.projection.standardize(table), share)
-            self.projection.start_at(self.text_moments.mean, axes)
+            self.text_moments.fit(self.projection.standardize(table), share)
+            self.projection.start_at(self.text_moments.mean, self.text_moments.axes())
 
     def classify(self, embeddings):
         """Logits (...) of the domain classifier for embeddings (..., width); positive = text."""

@@ -91,8 +91,8 @@ class AVQConfig(PreTrainedConfig):
         Strength of that gradient at the encoder, by its strength at P.
     start_noise : float
         Length of the noise that is added to unit codes in training until the codebook starts.
-    position_size : int or None
-        Width of a region's position after the MLP; None: hidden_size.
+    code_anchor : float
+        A constant that stands beside the components before they are normalised.
     revival_threshold : float
         A code is revived when its EMA count falls below this share of the mean count.
 
@@ -122,13 +122,13 @@ class AVQConfig(PreTrainedConfig):
     num_attention_heads: int = 4
     encoder_layers: int = 3
     decoder_layers: int = 3
-    mixing_heads: int = 8
-    position_features: int = 128
-    position_size: int | None = None
-    position_wavelength: float | int = 60.0
+    num_components: int = 128
+    position_features: int = 256
+    position_wavelength: float | int = 100.0
     dropout: float | int = 0.0
     # the codebook
     code_dim: int = 32
+    code_anchor: float | int = 2.0
     ema_decay: float | int = 0.99
     revival_threshold: float | int = 0.1
     revival_interval: int = 20
@@ -168,7 +168,7 @@ class AVQConfig(PreTrainedConfig):
             "hidden_size",
             "intermediate_size",
             "num_attention_heads",
-            "mixing_heads",
+            "num_components",
             "position_features",
             "code_dim",
             "text_width",
@@ -176,8 +176,6 @@ class AVQConfig(PreTrainedConfig):
             "classifier_hidden_size",
             "revival_interval",
         ]
-        if self.position_size is not None:
-            positive.append("position_size")
         for name in positive:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -208,6 +206,7 @@ class AVQConfig(PreTrainedConfig):
             self._check_number(name, 0.0, math.inf)
         self._check_number("sampling_interval", 1e-3, 60.0)
         self._check_number("position_wavelength", 1.0, 1e4)
+        self._check_number("code_anchor", 0.0, 1e3)
         self._check_number("ema_decay", 0.0, 0.999999)
         self._check_number("dropout", 0.0, 0.999999)
         self._check_number("initializer_range", 0.0, 1.0)

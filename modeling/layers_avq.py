@@ -1,90 +1,10 @@
-"""Parts of the AVQ: region positions, mixing into latents and back, blocks, P, classifier."""
+"""Parts of the AVQ: transformer blocks, P, the domain classifier, moments of text."""
 
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-
-
-def position_size(config) -> int:
-    """Width of a region's position; hidden_size where the configuration leaves it open."""
-    return config.position_size or config.hidden_size
-
-
-class RegionPositions(nn.Module):
-    """Fourier features + MLP of MNI coordinates in mm: (batch or 1, regions, 3 -> position_size).
-
-    The width bounds how many different maps of the regions the mixing can hold.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.wavelength = float(config.position_wavelength)
-        # A fixed random projection; persistent, because the weights mean nothing without it.
-        self.register_buffer("frequencies", torch.zeros(3, config.position_features))
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * config.position_features + 3, config.hidden_size),
-            nn.GELU(),
-            nn.Linear(config.hidden_size, position_size(config)),
-            nn.GELU(),
-        )
-
-    def forward(self, coordinates):
-        # Half precision would blur millimetres.
-        with torch.autocast(coordinates.device.type, enabled=False):
-            phase = coordinates @ self.frequencies * (2 * math.pi / self.wavelength)
-            return self.mlp(torch.cat([phase.sin(), phase.cos(), coordinates / 50.0], dim=-1))
-
-
-class RegionsToLatents(nn.Module):
-    """Mix regions into latents by weights of positions alone, one linear map per head.
-
-    The regions are contracted first, in one matrix product, so the cost hardly depends on how many
-    heads there are.
-    """
-
-    def __init__(self, config, in_features):
-        super().__init__()
-        self.heads, self.latents = config.mixing_heads, config.num_latents
-        self.weight = nn.Linear(position_size(config), self.heads * self.latents)
-        self.out = nn.Linear(in_features * self.heads, config.hidden_size)
-
-    def forward(self, values, positions, region_mask):
-        batch, steps, features, _ = values.shape  # (batch, patches, features, regions)
-        # The count of regions present, not of all, keeps the scale alike for any parcellation and
-        # any missing region.
-        scale = region_mask * (14.0 / region_mask.sum(-1, keepdim=True).clamp(min=1))
-        values = values * scale.to(values.dtype)[:, None, None]
-        mixed = multiply_shared(values.flatten(1, 2), self.weight(positions))
-        mixed = mixed.view(batch, steps, features, self.heads, self.latents)
-        # (batch, patches, latents, hidden)
-        return self.out(mixed.permute(0, 1, 4, 2, 3).flatten(-2))
-
-
-class LatentsToRegions(nn.Module):
-    """Read latents back anywhere by weights of positions alone, one linear map per head."""
-
-    def __init__(self, config, out_features):
-        super().__init__()
-        self.heads, self.latents = config.mixing_heads, config.num_latents
-        self.value = nn.Linear(config.hidden_size, self.heads * out_features)
-        self.weight = nn.Linear(position_size(config), self.heads * self.latents)
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, latents, positions):
-        batch, steps, count, _ = latents.shape  # (batch, patches, latents, hidden)
-        value = self.value(latents).view(batch, steps, count, self.heads, -1)
-        value = value.permute(0, 1, 4, 3, 2).flatten(-2).flatten(1, 2)
-        weight = self.weight(positions).transpose(1, 2) / math.sqrt(self.latents * self.heads)
-        read = multiply_shared(value, weight)
-        # (batch, patches, out_features, regions)
-        return read.view(batch, steps, -1, read.shape[-1]) + self.bias[:, None]
-
-
-def multiply_shared(rows, matrix):
-    """rows (batch, rows, k) times matrix (batch or 1, k, columns)."""
-    return rows @ (matrix[0] if matrix.shape[0] == 1 else matrix)
 
 
 class AVQBlock(nn.Module):
@@ -167,29 +87,70 @@ class TextProjection(nn.Module):
         self.linear = nn.Linear(config.code_dim, config.text_width)
         self.up = nn.Linear(config.code_dim, config.projection_hidden_size)
         self.down = nn.Linear(config.projection_hidden_size, config.text_width)
-        self.input_scale = math.sqrt(config.code_dim)
+        # Of the codes that come in, so that they are centred and of unit variance on average.
+        self.register_buffer("code_mean", torch.zeros(config.code_dim))
+        self.register_buffer("code_scale", torch.ones(()))
         self.register_buffer("text_mean", torch.zeros(config.text_width))
         self.register_buffer("text_scale", torch.ones(()))
 
     def forward(self, quantized):
         # Always float32: these numbers become rows of the language model's table.
         with torch.autocast(quantized.device.type, enabled=False):
-            x = quantized * self.input_scale
+            x = (quantized - self.code_mean) * self.code_scale
             mapped = self.linear(x) + self.down(F.gelu(self.up(x)))
             return self.text_mean + self.text_scale * mapped
 
     @torch.no_grad()
+    def take_codes(self, codes):
+        """Learn where unit `codes` (codes, code_dim) lie."""
+        self.code_mean.copy_(codes.mean(0))
+        self.code_scale.copy_((codes - self.code_mean).square().mean().rsqrt().clamp(max=1e3))
+
+    @torch.no_grad()
     def start_at(self, mean, axes):
-        """Begin at the text's mean (width,) and along its leading `axes` (width, axes)."""
+        """Begin at the text's mean (width,) and along its leading `axes` (width, axes).
+
+        As if codes were spread evenly, with variance 1 a direction: any turn of them will do.
+        """
         count = min(self.linear.in_features, axes.shape[1])
-        # Codes are spread evenly, with variance 1 a direction: any turn of them will do.
         turn = torch.linalg.qr(self.linear.weight[:count].T)[0].T  # (count, code_dim)
         self.linear.weight.copy_(axes[:, :count] @ turn)
         self.linear.bias.copy_(mean)
 
+    @torch.no_grad()
+    def match(self, mean, axes, codes):
+        """Give P of unit `codes` (codes, code_dim) the text's mean and, along `axes`, covariance.
+
+        The codes' leading directions go to the text's in their order, so that near codes stay near;
+        what text fills beyond those is filled by the MLP's leading directions that are uncorrelated
+        with them.
+        """
+        x = ((codes - self.code_mean) * self.code_scale).double()
+        white, along = _whitened(x, axes.shape[1])  # (codes, k), (code_dim, k)
+        bent = F.gelu(self.up(x.float())).double()
+        centre, slope = bent.mean(0), white.T @ bent / len(x)
+        rest, turned = _whitened(bent - centre - white @ slope, axes.shape[1] - white.shape[1])
+        first, second = axes.double()[:, : white.shape[1]], axes.double()[:, white.shape[1] :]
+        second = second[:, : rest.shape[1]]
+        self.down.weight.copy_(second @ turned.T)
+        self.linear.weight.copy_(first @ along.T - second @ turned.T @ slope.T @ along.T)
+        self.down.bias.zero_()
+        self.linear.bias.copy_(mean - second @ turned.T @ centre)
+
     def standardize(self, embeddings):
         """Embeddings (..., text_width) in units of the text table's SD around its mean."""
         return (embeddings - self.text_mean) / self.text_scale
+
+
+def _whitened(rows, most):
+    """`rows` (rows, width), centred, on at most `most` leading directions at variance 1, and how.
+
+    (rows, k) and (width, k): the first is the second's product with the centred rows.
+    """
+    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+    kept = min(most, int((variances > 1e-6 * variances[-1]).sum()))
+    scaled = (directions / variances.clamp(min=1e-30).sqrt()).flip(1)[:, :kept]
+    return rows @ scaled, scaled
 
 
 class DomainClassifier(nn.Module):
@@ -223,6 +184,7 @@ class TextMoments(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("whitening", torch.zeros(width, width))
         self.register_buffer("covariance", torch.zeros(width, width))  # of whitened text
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
 
     @torch.no_grad()
     def fit(self, rows, share):
@@ -235,8 +197,12 @@ class TextMoments(nn.Module):
         self.mean.copy_(mean)
         self.whitening.copy_((axes / floored.sqrt()) @ axes.T)
         self.covariance.copy_((axes * (variances / floored)) @ axes.T)
-        # The axes at their SDs in columns (width, width), leading ones first.
-        return (axes * floored.sqrt()).flip(1).float()
+        self.fitted.fill_(True)
+
+    def axes(self):
+        """Directions of the text at their SDs, in columns (width, width), leading ones first."""
+        scales, axes = torch.linalg.eigh(self.whitening.double())
+        return (axes / scales).float()
 
     def forward(self, rows):
         """Rows (rows, width), whitened."""

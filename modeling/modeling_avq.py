@@ -10,17 +10,10 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .alignment_avq import TextSpace, tensor_sha256
+from .components_avq import ComponentStart, Correction, Deal, PatchComponents, RegionMaps, exactly
 from .configuration_avq import AVQConfig, ConfigurationError
 from .inputs_avq import checked_coordinates, whole_mask
-from .layers_avq import (
-    DomainClassifier,
-    LatentsToRegions,
-    LatentTransformer,
-    RegionPositions,
-    RegionsToLatents,
-    TextMoments,
-    TextProjection,
-)
+from .layers_avq import DomainClassifier, LatentTransformer, TextMoments, TextProjection
 from .losses_avq import (
     connectivity_loss,
     reconstruction_loss,
@@ -38,29 +31,40 @@ class AVQPreTrainedModel(PreTrainedModel):
     base_model_prefix = "avq"
     main_input_name = "input_values"
     _supports_sdpa = True
-    # The codebook's tensors by name: its clock and its switch are no floats.
+    # Some parts tensor by tensor: their clocks and switches are no floats.
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = [
         "quantizer.codebook",
         "quantizer.code_sum",
         "quantizer.code_count",
-        "positions",
+        "components.analysis",
+        "components.synthesis",
+        "components.shapes",
+        "components.shapes_back",
+        "components.regions",
+        "token_maps",
+        "token_maps_back",
+        "read_code",
         "projection",
-        "text_moments",
+        "text_moments.mean",
+        "text_moments.whitening",
+        "text_moments.covariance",
     ]
 
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=1.0 / math.sqrt(module.in_features))
+            strength = 0.01 if isinstance(module, Correction) else 1.0
+            init.normal_(module.weight, std=strength / math.sqrt(module.in_features))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, RegionPositions):
+        elif isinstance(module, RegionMaps):
             init.normal_(module.frequencies)
-        elif isinstance(module, LatentsToRegions):
-            init.zeros_(module.bias)
+            init.normal_(module.weight, std=0.1)
+        elif isinstance(module, (PatchComponents, Deal)):
+            module.begin()
         elif isinstance(module, LatentTransformer):
             init.normal_(module.latent_embedding, std=0.5)
             init.normal_(module.patch_embedding, std=0.5)
@@ -71,26 +75,32 @@ class AVQPreTrainedModel(PreTrainedModel):
         elif isinstance(module, TextProjection):
             init.zeros_(module.text_mean)
             init.ones_(module.text_scale)
+            init.zeros_(module.code_mean)
+            init.constant_(module.code_scale, math.sqrt(len(module.code_mean)))
             init.normal_(module.down.weight, std=0.1 / math.sqrt(module.down.in_features))
         elif isinstance(module, TextMoments):
             init.zeros_(module.mean)
             init.eye_(module.whitening)
             init.eye_(module.covariance)
+            init.zeros_(module.fitted)
         elif isinstance(module, AVQCodebook):
             for buffer in (module.codebook, module.code_sum, module.code_count, module.updates):
                 init.zeros_(buffer)
             init.zeros_(module.initialized)
 
 
-class AVQModel(TextSpace, AVQPreTrainedModel):
+class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
     """Adversarial vector-quantised autoencoder of parcellated fMRI.
 
     Tricks used, one line each:
 
-    * a region is known by its MNI coordinates (Fourier features), so one checkpoint reads any
-      parcellation;
-    * regions are mixed into a few latents, and read back, by weights of positions alone;
-    * all transformer blocks run on the latents, never on the regions;
+    * a region is known by its MNI coordinates: maps over the brain are linear in random Fourier
+      features of them (Rahimi & Recht 2007), so one checkpoint reads any parcellation;
+    * a linear path takes each patch apart into spatial x temporal components and deals them out to
+      the tokens, so that each needs the same bits (transform coding, Goyal 2001); it starts in
+      closed form, from covariances of training windows;
+    * transformer blocks correct what a linear codec of single patches cannot know; they run on the
+      dealt components, never on the regions;
     * codes are low-dimensional unit vectors in an EMA codebook with k-means start and revival;
     * the projection P to the language model's embedding space lies *before* the decoder, so an
       alignment that costs information costs reconstruction, visibly;
@@ -105,11 +115,19 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
 
     def __init__(self, config: AVQConfig):
         super().__init__(config)
-        width, patch = config.hidden_size, config.patch_length
-        self.positions = RegionPositions(config)
-        self.regions_to_latents = RegionsToLatents(config, patch)
+        width = config.hidden_size
+        count = config.patch_length * config.num_components
+        latent = config.token_layout == "latent"
+        cards = config.code_dim - 1 if latent else -(-count // config.num_latents)
+        self.components = PatchComponents(config)
+        self.deal = Deal(config.num_latents, cards, count)
+        self.encoder_in = nn.Linear(cards, width)
         self.encoder = LatentTransformer(config, config.encoder_layers)
-        self.to_code = nn.Linear(width, config.code_dim)
+        self.encoder_out = Correction(width, cards)
+        if not latent:
+            sizes = (config.position_features, config.position_wavelength, config.num_components)
+            self.ranks = Deal(config.code_dim - 1, config.num_components, count)
+            self.token_maps, self.token_maps_back = RegionMaps(*sizes), RegionMaps(*sizes)
         self.quantizer = AVQCodebook(
             config.num_codes,
             config.code_dim,
@@ -121,16 +139,12 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
             config.start_noise,
         )
         self.projection = TextProjection(config)
-        self.from_text = nn.Linear(config.text_width, width)
+        self.read_code = nn.Linear(config.text_width, config.code_dim - 1)
+        self.decoder_in = nn.Linear(cards, width)
         self.decoder = LatentTransformer(config, config.decoder_layers)
-        self.latents_to_regions = LatentsToRegions(config, patch)
+        self.decoder_out = Correction(width, cards)
         self.classifier = DomainClassifier(config)
         self.text_moments = TextMoments(config)
-        if config.token_layout == "grid":
-            self.patch_to_code = nn.Linear(patch, config.code_dim)
-            self.latents_to_code = LatentsToRegions(config, config.code_dim)
-            self.tokens_to_latents = RegionsToLatents(config, width)
-            self.token_to_patch = nn.Linear(width, patch)
         self.post_init()
 
     # ------------------------------------------------------------------ the two halves
@@ -231,6 +245,14 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
         values, coordinates, region_mask, time_mask = self._prepare(
             input_values, region_coordinates, region_mask, time_mask
         )
+        starts = self.training and self.config.codebook_start_step is not None
+        if starts and not bool(self.components.started):
+            self.start_components(
+                [
+                    {"input_values": values, "region_coordinates": coordinates}
+                    | {"region_mask": region_mask, "time_mask": time_mask}
+                ]
+            )
         latents, token_mask = self._encode(values, coordinates, region_mask, time_mask)
         quantized = self.quantizer(latents, token_mask)
         text_embeds = self._project(quantized)
@@ -340,27 +362,24 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
             )
         return values, coordinates, region_mask, time_mask
 
-    def _positions(self, coordinates):
-        """Positions (batch or 1, regions, hidden) of float32 precision, in the blocks' dtype."""
-        return self.positions(coordinates).to(self.to_code.weight.dtype)
-
     def _encode(self, values, coordinates, region_mask, time_mask):
         """Unnormalised code vectors (batch, tokens, code_dim) and token mask (batch, tokens)."""
         patch = self.config.patch_length
-        patches = values.view(values.shape[0], -1, patch, values.shape[2])
-        patches = patches.to(self.to_code.weight.dtype)  # (batch, patches, patch_length, regions)
-        patch_mask = time_mask.view(time_mask.shape[0], -1, self.config.patch_length).any(-1)
-        positions = self._positions(coordinates)
-        latents = self.regions_to_latents(patches, positions, region_mask)
-        latents = self.encoder(latents, patch_mask)  # (batch, patches, latents, hidden)
-        if self.config.token_layout == "latent":
-            vectors = self.to_code(latents)
-            token_mask = patch_mask[:, :, None].expand(vectors.shape[:-1])
-        else:
-            own = self.patch_to_code(patches.transpose(2, 3))
-            vectors = own + self.latents_to_code(latents, positions).transpose(2, 3)
+        patches = values.unflatten(1, (-1, patch))  # (batch, patches, patch_length, regions)
+        patch_mask = time_mask.unflatten(1, (-1, patch)).any(-1)
+        # (batch, patches, latents, cards)
+        dealt = self.deal(self.components(patches, coordinates, region_mask))
+        hidden = self.encoder_in(dealt.to(self.encoder_in.weight.dtype))
+        dealt = dealt + self.encoder_out(self.encoder(hidden, patch_mask)).float()
+        token_mask = patch_mask[:, :, None].expand(dealt.shape[:-1])
+        if self.config.token_layout == "grid":
+            ranked = self.ranks(self.deal.inverse(dealt))  # (batch, patches, ranks, maps)
+            with exactly(ranked):
+                maps = self.token_maps(coordinates)[:, None]  # (batch or 1, 1, regions, maps)
+                dealt = maps @ ranked.transpose(2, 3)  # (batch, patches, regions, ranks)
             token_mask = patch_mask[:, :, None] & region_mask[:, None, :]
-        return vectors.flatten(1, 2), token_mask.flatten(1)
+        anchor = torch.full_like(dealt[..., :1], self.config.code_anchor)
+        return torch.cat([dealt, anchor], -1).flatten(1, 2), token_mask.flatten(1)
 
     def _project(self, output):
         """P of the quantised codes, (batch, tokens, text_width)."""
@@ -375,7 +394,7 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
         config = self.config
         grid = config.token_layout == "grid"
         per_patch = code_coordinates.shape[1] if grid else config.num_latents
-        batch, tokens = text_embeds.shape[:2]
+        tokens = text_embeds.shape[1]
         if tokens % per_patch or not 0 < tokens // per_patch <= config.num_patches:
             raise ConfigurationError(
                 f"{tokens} tokens a window do not fit: expected {per_patch} tokens for each of at "
@@ -383,29 +402,17 @@ class AVQModel(TextSpace, AVQPreTrainedModel):
             )
         # Whitened: text has a few directions of large variance, and codes would drown in them.
         whitened = self.text_moments(self.projection.standardize(text_embeds))
-        hidden = self.from_text(whitened.to(self.from_text.weight.dtype))
-        hidden = hidden.view(batch, -1, per_patch, config.hidden_size)
-        patch_mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        positions = self._positions(coordinates)
-        latents = hidden
-        if grid:
-            same = coordinates is code_coordinates
-            source = positions if same else self._positions(code_coordinates)
-            everywhere = torch.ones(batch, per_patch, dtype=torch.bool, device=hidden.device)
-            latents = self.tokens_to_latents(hidden.transpose(2, 3), source, everywhere)
-        latents = self.decoder(latents, patch_mask)
-        # (batch, patches, patch_length, regions)
-        patches = self.latents_to_regions(latents, positions)
-        if grid:
-            own = self.token_to_patch(hidden).transpose(2, 3)
-            if not same:
-                # Another parcellation: each target region takes its neighbours' own patches by
-                # 10 mm Gaussian weights.
-                squared = torch.cdist(coordinates, code_coordinates).square()
-                own = torch.einsum(
-                    "brs,bpls->bplr", torch.softmax(-squared / 200.0, -1).expand(batch, -1, -1), own
-                )
-            patches = patches + own
+        with exactly(whitened):
+            dealt = self.read_code(whitened).unflatten(1, (-1, per_patch))
+            if grid:
+                # (batch, patches, ranks, maps)
+                ranked = dealt.transpose(2, 3) @ self.token_maps_back(code_coordinates)[:, None]
+                scale = self.components.regions / per_patch
+                dealt = self.deal(self.ranks.inverse(ranked * scale))
+        patch_mask = torch.ones(dealt.shape[:2], dtype=torch.bool, device=dealt.device)
+        hidden = self.decoder(self.decoder_in(dealt.to(self.decoder_in.weight.dtype)), patch_mask)
+        dealt = dealt + self.decoder_out(hidden).float()
+        patches = self.components.inverse(self.deal.inverse(dealt), coordinates)
         return patches.flatten(1, 2).float()
 
 

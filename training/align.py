@@ -44,7 +44,7 @@ from .corpus import local_corpus
 from .faults import written_whole
 
 # What belongs to the text space; every other weight stays, bit for bit.
-NEW_PARTS = ("projection.", "from_text.", "classifier.", "text_moments.")
+NEW_PARTS = ("projection.", "read_code.", "classifier.", "text_moments.")
 
 
 @dataclass
@@ -321,27 +321,31 @@ def match_moments(
     spread = z_vectors[:, kept] * z_values[kept].sqrt()  # (old width, rank): y -> z
     whiten = (z_vectors[:, kept] / z_values[kept].sqrt()).T  # (rank, old width): z -> y
     # The decoder reads whitened embeddings, see AVQModel._decode.
-    read = codec.from_text.weight.double() @ codec.text_moments.whitening.double()
-    offset = codec.from_text.bias.double() - read @ codec.text_moments.mean.double()
-    effect, strength, turn = torch.linalg.svd(read @ spread, full_matrices=False)
-    count = min(len(strength), table.shape[1])
-    effect, strength, turn = effect[:, :count], strength[:count], turn[:count]
+    read = codec.read_code.weight.double() @ codec.text_moments.whitening.double()
+    offset = codec.read_code.bias.double() - read @ codec.text_moments.mean.double()
+    # Directions without effect follow: the decoder is deaf to them, but text fills them.
+    effect, strength, turn = torch.linalg.svd(read @ spread)
+    count = min(len(turn), table.shape[1])
+    heard = min(len(strength), count)
+    effect, strength, turn = effect[:, :heard], strength[:heard], turn[:count]
 
     text = new.standardize(table).double()
     text_mean, text_values, text_vectors = _moments(text, text_share)
     scale = text_values[:count].clamp(min=1e-6 * text_values[0]).sqrt()
     along = text_vectors[:, :count]  # (new width, count)
     carry = (along * scale) @ turn @ whiten  # (new width, old width)
-    back = (effect * strength / scale) @ along.T  # (hidden, new width)
+    back = (effect * strength / scale[:heard]) @ along[:, :heard].T  # (hidden, new width)
 
     new.linear.weight.copy_(carry @ old.linear.weight.double())
     new.linear.bias.copy_(carry @ (old.linear.bias + old.down.bias - z_mean) + text_mean)
     new.up.load_state_dict(old.up.state_dict())
+    new.code_mean.copy_(old.code_mean)
+    new.code_scale.copy_(old.code_scale)
     new.down.weight.copy_(carry @ old.down.weight.double())
     new.down.bias.zero_()
     whitening, mean = model.text_moments.whitening.double(), model.text_moments.mean.double()
-    model.from_text.weight.copy_(torch.linalg.solve(whitening, back.T).T)
-    model.from_text.bias.copy_(offset + read @ z_mean + back @ (mean - text_mean))
+    model.read_code.weight.copy_(torch.linalg.solve(whitening, back.T).T)
+    model.read_code.bias.copy_(offset + read @ z_mean + back @ (mean - text_mean))
 
 
 def _moments(

@@ -1,10 +1,10 @@
 """`cortexicon train avq CONFIG`: the codec, a vector-quantised autoencoder of windows of scans.
 
-The run in one look: scans are normalised and held in memory; every step draws one window of each
-of `batch_size` subjects; for the first `codebook_start` share of the steps nothing is quantised,
-then k-means places the codebook; from then on codes are straight-through and follow the encoder by
-EMA. A domain classifier tells P(code) from real text embeddings all the while, and its reversed
-gradient grows with progress.
+The run in one look: scans are normalised and held in memory; the linear path starts in closed form
+from the covariances of many windows; every step draws one window of each of `batch_size` subjects;
+for the first `codebook_start` share of the steps (default: none) nothing is quantised, then k-means
+places the codebook; from then on codes are straight-through and follow the encoder by EMA. A domain
+classifier tells P(code) from real text embeddings all the while, and its reversed gradient grows.
 """
 
 import sys
@@ -68,8 +68,10 @@ class AVQArguments:
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warmup_steps: int = 50
-    codebook_start: float = 0.3
-    codebook_batches: int = 8
+    closed_form_start: bool = True
+    component_batches: int = 60
+    codebook_start: float = 0.0
+    codebook_batches: int = 60
     text_batch_size: int = 1024
     window_jitter: bool = True
     flip_sign: bool = False
@@ -79,6 +81,8 @@ class AVQArguments:
     reverse_gradient: bool = True
     codebook_from_text: bool = False
     classifier_rate: float = 0.1
+    encoder_rate: float = 0.1
+    component_rate: float = 0.03
     eval_windows: int = 256
     log_steps: int = 20
     eval_steps: int = 200
@@ -153,9 +157,9 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
     """
     projection = list(model.projection.parameters())
     encoder = [
-        *model.regions_to_latents.parameters(),
+        *model.components.analysis.parameters(),
         *model.encoder.parameters(),
-        *model.to_code.parameters(),
+        *model.encoder_out.parameters(),
     ]
     gradients = torch.autograd.grad(
         model.weighted_alignment(out),
@@ -173,22 +177,34 @@ def domain_gradient_norms(model: AVQModel, out: AVQOutput) -> dict[str, float]:
     }
 
 
-def parameter_groups(model: AVQModel, weight_decay: float, classifier_rate: float) -> list[dict]:
-    """Matrices decay; biases, norms and embeddings do not; the classifier learns more slowly.
+def parameter_groups(
+    model: AVQModel,
+    weight_decay: float,
+    classifier_rate: float,
+    encoder_rate: float = 1.0,
+    component_rate: float = 1.0,
+) -> list[dict]:
+    """Matrices decay; biases, norms, embeddings, the linear path do not; three parts learn slowly.
 
     NOTE: a classifier that wins early is certain, and a certain one has no gradient to reverse; one
     with large weights reverses gradients that tear the codebook apart. Adam hides the loss's weight
     from it, so its learning rate is held back, and strong decay keeps it smooth.
+    The encoder is held back because the codebook has to follow it, and the linear path because it
+    starts near its best: at the full rate both lose more in a hundred steps than they ever regain.
     """
-    classifier = [p for n, p in model.named_parameters() if n.startswith("classifier.")]
-    rest = [(n, p) for n, p in model.named_parameters() if not n.startswith("classifier.")]
-    decay = [p for n, p in rest if p.ndim > 1 and "embedding" not in n]
-    keep = [p for n, p in rest if p.ndim <= 1 or "embedding" in n]
-    return [
-        {"params": decay, "weight_decay": weight_decay, "rate": 1.0},
-        {"params": keep, "weight_decay": 0.0, "rate": 1.0},
-        {"params": classifier, "weight_decay": 1.0, "rate": classifier_rate},
-    ]
+    decay, keep = {"weight_decay": weight_decay}, {"weight_decay": 0.0}
+    slow = {"classifier": {"rate": classifier_rate, "weight_decay": 1.0}}
+    for name in ("components", "token_maps", "token_maps_back"):
+        slow[name] = {"rate": component_rate} | keep
+    for name in ("encoder", "encoder_in", "encoder_out"):
+        slow[name] = {"rate": encoder_rate}
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim > 1 and "embedding" not in name and name[:10] != "read_code."
+        values = {"rate": 1.0} | (decay if plain else keep) | slow.get(name.split(".")[0], {})
+        group = groups.setdefault(tuple(values.items()), {"params": []} | values)
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 def text_vectors(model: AVQModel, text_domain: TextDomain, arguments: AVQArguments) -> torch.Tensor:
@@ -245,7 +261,13 @@ def train(arguments: AVQArguments, run: Run) -> int:
     turns = Turns(atlases, arguments.seed, arguments.paired_decoding > 0)
 
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, arguments.weight_decay, arguments.classifier_rate),
+        parameter_groups(
+            model,
+            arguments.weight_decay,
+            arguments.classifier_rate,
+            arguments.encoder_rate,
+            arguments.component_rate,
+        ),
         lr=arguments.learning_rate,
         betas=(0.9, 0.95),
     )
@@ -304,6 +326,11 @@ def train(arguments: AVQArguments, run: Run) -> int:
         names = turns.scans_at(place).subject_ids
         return StepGuard(accelerator, step, names, raw_model, run.warned)
 
+    if arguments.closed_form_start and not resumed.step:
+        own = [k for k in range(arguments.component_batches) if turns.at(k) == 0]
+        raw_model.start_components(
+            [batch for k in own for batch, *_ in batches_at(5, k, 1, guard_at(0, k))]
+        )
     start_step = int(arguments.codebook_start * arguments.max_steps)
     parts = arguments.accumulation_steps
     for step in (bar := run.steps(resumed.step, arguments.max_steps, "train avq")):

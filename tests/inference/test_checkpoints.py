@@ -28,13 +28,13 @@ def truncate_weights(folder):
 
 def drop_a_weight(folder):
     weights = load_file(folder / "model.safetensors")
-    del weights["to_code.weight"]
+    del weights["encoder_out.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def poison_a_weight(folder):
     weights = load_file(folder / "model.safetensors")
-    weights["to_code.weight"][0, 0] = torch.nan
+    weights["encoder_out.weight"][0, 0] = torch.nan
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -59,8 +59,8 @@ def remove_processor(folder):
     ("damage", "message"),
     [
         (truncate_weights, "truncated or corrupted"),
-        (drop_a_weight, "1 missing, such as to_code.weight"),
-        (poison_a_weight, "to_code.weight holds NaN"),
+        (drop_a_weight, "1 missing, such as encoder_out.weight"),
+        (poison_a_weight, "encoder_out.weight holds NaN"),
         (remove_config, "expected config.json"),
         (break_config, "not valid JSON"),
         (other_model, "'avq' or 'avq_lm', found 'gpt2'"),

@@ -38,7 +38,7 @@ def checkpoints(tmp_path):
             num_attention_heads=2,
             encoder_layers=1,
             decoder_layers=1,
-            mixing_heads=2,
+            num_components=6,
             position_features=8,
             code_dim=4,
             text_width=16,

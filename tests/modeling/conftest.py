@@ -26,7 +26,7 @@ SIZES = {
     "num_attention_heads": 2,
     "encoder_layers": 1,
     "decoder_layers": 1,
-    "mixing_heads": 2,
+    "num_components": 6,
     "position_features": 8,
     "code_dim": 6,
     "text_width": TEXT_WIDTH,
@@ -52,7 +52,9 @@ def make_codec():
         torch.manual_seed(seed)
         model = AVQModel(AVQConfig(**{**SIZES, **fields})).eval()
         if start:
-            model.start_codebook([{"input_values": torch.randn(16, WINDOW, REGIONS)}], seed=seed)
+            batches = [{"input_values": torch.randn(16, WINDOW, REGIONS)}]
+            model.start_components(batches)
+            model.start_codebook(batches, seed=seed)
         return model
 
     return make

@@ -9,7 +9,7 @@ from cortexicon.modeling.layers_avq import eager_attention
 
 # bfloat16 keeps 8 bits: a relative error of 2^-9 an operation. Unit vectors of these codecs stray
 # by at most DRIFT; codes can then change only where two are less than twice that apart in cosine.
-DRIFT = 0.04
+DRIFT = 0.02
 SIZES = {
     "num_codes": 64,
     "hidden_size": 64,
@@ -134,6 +134,8 @@ def half_precision(codec, how, folder):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", ["autocast", "loaded"])
 def test_half_precision_flips_codes_at_small_margins_only(codec, windows, how, masked, tmp_path):
+    with torch.no_grad():
+        codec.encoder_out.weight *= 30  # blocks that have learned something
     masks = masks_of(windows, masked)
     exact, present = unit_vectors(codec, windows, **masks)
     codes = codec.encode(windows, **masks).codes.flatten()
@@ -155,8 +157,8 @@ def test_half_precision_flips_codes_at_small_margins_only(codec, windows, how, m
     assert (codes != flipped).float().mean() < 0.1
     cosines = exact @ book.T
     second = cosines.topk(2, dim=-1).values
-    clear = second[:, 0] - second[:, 1] > 2 * DRIFT
-    assert clear.float().mean() > 0.2  # the next line speaks of many tokens
+    clear = second[:, 0] - second[:, 1] > 2 * drift
+    assert clear.float().mean() > 0.1  # the next line speaks of many tokens
     assert torch.equal(codes[clear], flipped[clear])
 
 
@@ -171,7 +173,7 @@ def test_autocast_leaves_quantiser_projection_and_positions_in_float32(codec, wi
 
         return hook
 
-    names = ("positions", "quantizer", "projection", "encoder.blocks.0.qkv", "from_text")
+    names = ("components", "quantizer", "projection", "encoder.blocks.0.qkv", "decoder_in")
     for name in names:
         codec.get_submodule(name).register_forward_hook(watch(name))
     before = {name: value.dtype for name, value in codec.quantizer.state_dict().items()}
@@ -180,8 +182,8 @@ def test_autocast_leaves_quantiser_projection_and_positions_in_float32(codec, wi
         output = codec(windows, text_embeddings=torch.randn(64, codec.config.text_width))
         encoded = codec.eval().encode(windows)
         table = codec.project_codebook()
-    assert seen["encoder.blocks.0.qkv"] == seen["from_text"] == {torch.bfloat16}
-    for name in ("positions", "quantizer", "projection"):
+    assert seen["encoder.blocks.0.qkv"] == seen["decoder_in"] == {torch.bfloat16}
+    for name in ("components", "quantizer", "projection"):
         assert seen[name] == {torch.float32}, name
     for value in (
         output.loss,

@@ -61,6 +61,7 @@ def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_
     shipped = {path.name for path in tmp_path.glob("*.py")}
     needed = {
         "alignment_avq",
+        "components_avq",
         "configuration_avq",
         "modeling_avq",
         "layers_avq",

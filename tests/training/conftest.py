@@ -55,7 +55,7 @@ def avq_values(folder: Path) -> dict:
             "num_attention_heads": 2,
             "encoder_layers": 1,
             "decoder_layers": 1,
-            "mixing_heads": 2,
+            "num_components": 6,
             "position_features": 16,
             "projection_hidden_size": 16,
             "classifier_hidden_size": 16,

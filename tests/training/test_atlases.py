@@ -145,7 +145,7 @@ def test_the_paired_loss_is_the_error_of_decoding_elsewhere_and_reaches_the_enco
     assert paired_loss(model, out, batch, other).item() == pytest.approx(error.item(), rel=1e-4)
     model.train()
     paired_loss(model, model(**batch), batch, other).backward()
-    for weight in (model.to_code.weight, model.from_text.weight):
+    for weight in (model.encoder_out.weight, model.read_code.weight):
         assert weight.grad.abs().max() > 0
 
 
@@ -184,7 +184,7 @@ def test_both_atlases_are_trained_on_and_validated(run, both, pairing):
     # The checkpoint is of the primary atlas, and did learn from the other.
     assert AVQModel.from_pretrained(both).config.atlas == "simulated28"
     alone, together = (AVQModel.from_pretrained(folder) for folder in (run / "avq", both))
-    assert not torch.equal(alone.from_text.weight, together.from_text.weight)
+    assert not torch.equal(alone.read_code.weight, together.read_code.weight)
 
 
 def test_no_held_out_scan_of_the_other_atlas_moves_a_weight(run, parts, both, pairing, tmp_path):

@@ -40,7 +40,7 @@ def config(cohort):
         num_attention_heads=2,
         encoder_layers=1,
         decoder_layers=1,
-        mixing_heads=2,
+        num_components=6,
         position_features=16,
         projection_hidden_size=16,
         dropout=0.1,
