@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import _doctor, _fetch, _prepare
+from cortexicon import _doctor, _fetch, _other_atlases, _prepare
 
 
 def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -30,3 +30,4 @@ def add_data_commands(commands: "argparse._SubParsersAction[argparse.ArgumentPar
     _fetch.add_parser(commands)
     _prepare.add_parser(commands)
     _doctor.add_parser(commands)
+    _other_atlases.add_parser(commands)

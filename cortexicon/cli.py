@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortexicon import _doctor, _fetch, _prepare
+from cortexicon import _doctor, _fetch, _other_atlases, _prepare
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -76,6 +76,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "fetch": _fetch.run,
         "prepare": _prepare.run,
         "doctor": _doctor.run,
+        "other-atlases": _other_atlases.run,
         "train": _train,
         "ablate": _ablate,
         "encode": _encode,
