@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory):
         num_attention_heads=2,
         encoder_layers=1,
         decoder_layers=1,
-        mixing_heads=2,
+        num_components=6,
         position_features=4,
         text_width=8,
         projection_hidden_size=8,
