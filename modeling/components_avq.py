@@ -73,6 +73,7 @@ def deal_components(variances, bits, hands, cards):
     least rate so far; those below the water level fill what is left. An empty place holds the
     number of components.
     """
+    variances = variances.cpu()  # one by one below
     level = rate_level(variances, bits)
     held: list[list[int]] = [[] for _ in range(hands)]
     queue = [(0.0, hand) for hand in range(hands)]
@@ -174,15 +175,17 @@ class Correction(nn.Linear):
     """What the blocks add to the linear path; begins near nothing."""
 
 
-def covariances(values, region_mask, patch_length):
+def covariances(values, region_mask, time_mask, patch_length):
     """Sums of products of windows (batch, time, regions): of regions, of samples of a patch, and
     the number of samples behind each pair of regions.
     """
     values, mask = values.double(), region_mask.double()
     patches = values.unflatten(1, (-1, patch_length))  # (batch, patches, patch_length, regions)
+    # Half a patch would say that its second half is quiet.
+    patches = patches[time_mask.unflatten(1, (-1, patch_length)).all(-1)]
     spatial = (values.transpose(1, 2) @ values).sum(0)
-    temporal = torch.einsum("bptr,bpsr->ts", patches, patches)
-    return spatial, temporal, values.shape[1] * mask.T @ mask
+    temporal = torch.einsum("ptr,psr->ts", patches, patches)
+    return spatial, temporal, (mask * time_mask.sum(1, keepdim=True)).T @ mask
 
 
 class ComponentStart:
@@ -201,14 +204,14 @@ class ComponentStart:
         inputs = [self._prepare(**batch) for batch in batches]
         coordinates = inputs[0][1][:1]
         length = self.config.patch_length
-        sums = [covariances(values, regions, length) for values, _, regions, _ in inputs]
+        sums = [covariances(values, *masks, length) for values, _, *masks in inputs]
         spatial, temporal, pairs = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if distributed:
             for part in (spatial, temporal, pairs):
                 dist.all_reduce(part)
         self._take_components(spatial / pairs.clamp(min=1), temporal, coordinates[0])
-        vectors = torch.cat([self._encode(*one)[0].flatten(0, 1) for one in inputs[:8]])
+        vectors = torch.cat([self._vectors(*one) for one in inputs[:8]])
         codes = F.normalize(vectors, dim=-1)
         self.projection.take_codes(codes)
         if bool(self.text_moments.fitted):
@@ -222,6 +225,12 @@ class ComponentStart:
             for part in parts:
                 for tensor in part.state_dict().values():
                     dist.broadcast(tensor, src=0)
+
+    def _vectors(self, values, coordinates, region_mask, time_mask):
+        """Unnormalised code vectors (vectors, code_dim) of the patches that hold data."""
+        latents = self._encode(values, coordinates, region_mask, time_mask)[0]
+        present = time_mask.unflatten(1, (-1, self.config.patch_length)).any(-1)
+        return latents.unflatten(1, (present.shape[1], -1))[present].flatten(0, 1)
 
     def _take_components(self, spatial, temporal, coordinates):
         config, parts = self.config, self.components
@@ -243,10 +252,13 @@ class ComponentStart:
         if grid:
             # Tokens share the components of about one variance; which token gets which is turned
             # by the maps, so that a token belongs to its region.
-            ranked = variances.argsort(descending=True, stable=True)[: self.ranks.chosen.numel()]
-            spare = self.ranks.chosen.numel() - len(ranked)
-            coded = F.pad(ranked, (0, spare), value=len(variances))
-            self.ranks.chosen.copy_(coded.view_as(self.ranks.chosen))
+            ranks, most = len(self.ranks.chosen), min(config.num_components, regions)
+            ranked = variances.argsort(descending=True, stable=True)[: ranks * most]
+            coded = F.pad(ranked, (0, ranks * most - len(ranked)), value=len(variances))
+            # NOTE: no more maps than regions turn anything; what is dealt to others would be lost.
+            empty = config.num_components - most
+            turned = F.pad(coded.view(ranks, most), (0, empty), value=len(variances))
+            self.ranks.chosen.copy_(turned)
             self.token_maps.fit(coordinates, maps)
             self.token_maps_back.fit(coordinates, maps)
         # A token's components have length one on average.

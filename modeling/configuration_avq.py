@@ -216,6 +216,11 @@ class AVQConfig(PreTrainedConfig):
                 f"AVQConfig.window_length must be a multiple of patch_length, found "
                 f"{self.window_length} and {self.patch_length}. Use {whole}."
             )
+        if self.code_dim < 2:
+            raise ConfigurationError(
+                "AVQConfig.code_dim must be an integer >= 2, found 1: one place of a code is the "
+                "anchor's."
+            )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigurationError(
                 f"AVQConfig.hidden_size ({self.hidden_size}) must be divisible by "

@@ -18,9 +18,14 @@ from .losses_avq import (
     connectivity_loss,
     reconstruction_loss,
     spectrum_loss,
+    thin,
 )
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 from .quantization_avq import AVQCodebook
+
+
+# Of a batch, how many tokens the critics of the alignment see at most.
+CRITIC_TOKENS = 4096
 
 
 class AVQPreTrainedModel(PreTrainedModel):
@@ -247,12 +252,10 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
         )
         starts = self.training and self.config.codebook_start_step is not None
         if starts and not bool(self.components.started):
-            self.start_components(
-                [
-                    {"input_values": values, "region_coordinates": coordinates}
-                    | {"region_mask": region_mask, "time_mask": time_mask}
-                ]
-            )
+            batch = {"input_values": values, "region_coordinates": coordinates}
+            batch |= {"region_mask": region_mask, "time_mask": time_mask}
+            with exactly(values):
+                self.start_components([batch])
         latents, token_mask = self._encode(values, coordinates, region_mask, time_mask)
         quantized = self.quantizer(latents, token_mask)
         text_embeds = self._project(quantized)
@@ -271,8 +274,12 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
             parts["connectivity_loss"] = connectivity_loss(decoded, values, mask)
             loss = loss + config.connectivity_weight * parts["connectivity_loss"]
         if text_embeddings is not None:
+            # Thinned before P, which is the dearest layer where tokens are many.
+            seen = thin(token_mask.flatten().nonzero()[:, 0], CRITIC_TOKENS)
             alignment = self.alignment_losses(
-                self._seen_by_critics(quantized.quantized, text_embeds)[token_mask],
+                self._seen_by_critics(
+                    quantized.quantized.flatten(0, 1)[seen], text_embeds.flatten(0, 1)[seen]
+                ),
                 text_embeddings,
                 reversal,
             )
