@@ -21,6 +21,8 @@ if _os.path.isfile(_os.path.join(_root, "pyproject.toml")) and _os.path.isdir(
 _PUBLIC = {
     "AVQConfig": "modeling",
     "AVQModel": "modeling",
+    "AVQConnectomeConfig": "modeling",
+    "AVQConnectomeModel": "modeling",
     "AVQLMConfig": "modeling",
     "AVQLMForConditionalGeneration": "modeling",
     "AVQFeatureExtractor": "tokenization",
@@ -47,7 +49,14 @@ if _TYPE_CHECKING:
         save_cohort,
         simulate_cohort,
     )
-    from cortexicon.modeling import AVQConfig, AVQLMConfig, AVQLMForConditionalGeneration, AVQModel
+    from cortexicon.modeling import (
+        AVQConfig,
+        AVQConnectomeConfig,
+        AVQConnectomeModel,
+        AVQLMConfig,
+        AVQLMForConditionalGeneration,
+        AVQModel,
+    )
     from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
 

@@ -38,6 +38,8 @@ def register_auto_classes() -> None:
 
     from cortexicon.modeling import (
         AVQConfig,
+        AVQConnectomeConfig,
+        AVQConnectomeModel,
         AVQLMConfig,
         AVQLMForConditionalGeneration,
         AVQModel,
@@ -49,7 +51,9 @@ def register_auto_classes() -> None:
         AutoTokenizer.register(config_class, tokenizer_class=AVQTokenizer, exist_ok=True)
         AutoFeatureExtractor.register(config_class, AVQFeatureExtractor, exist_ok=True)
         AutoProcessor.register(config_class, AVQProcessor, exist_ok=True)
+    AutoConfig.register(AVQConnectomeConfig.model_type, AVQConnectomeConfig, exist_ok=True)
     AutoModel.register(AVQConfig, AVQModel, exist_ok=True)
+    AutoModel.register(AVQConnectomeConfig, AVQConnectomeModel, exist_ok=True)
     AutoModel.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
 

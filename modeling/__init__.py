@@ -1,13 +1,25 @@
-"""What `AutoModel` loads: the autoencoder (AVQ) and the language model that reads its codes."""
+"""What `AutoModel` loads: the autoencoders (AVQ) and the language model that reads codes."""
 
 from .configuration_avq import AVQConfig, ConfigurationError
+from .configuration_avq_connectome import AVQConnectomeConfig
 from .configuration_avq_lm import AVQLMConfig
 from .modeling_avq import AVQModel
+from .modeling_avq_connectome import AVQConnectomeModel, fisher_z_matrices
 from .modeling_avq_lm import AVQLMForConditionalGeneration
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
+from .outputs_avq_connectome import (
+    AVQConnectomeDecoderOutput,
+    AVQConnectomeEncoderOutput,
+    AVQConnectomeOutput,
+)
 
 __all__ = [
     "AVQConfig",
+    "AVQConnectomeConfig",
+    "AVQConnectomeDecoderOutput",
+    "AVQConnectomeEncoderOutput",
+    "AVQConnectomeModel",
+    "AVQConnectomeOutput",
     "AVQDecoderOutput",
     "AVQEncoderOutput",
     "AVQLMConfig",
@@ -15,4 +27,5 @@ __all__ = [
     "AVQModel",
     "AVQOutput",
     "ConfigurationError",
+    "fisher_z_matrices",
 ]

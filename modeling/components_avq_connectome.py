@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .components_avq import Deal, RegionMaps, deal_components, exactly, rate_level
+from .components_avq import RegionMaps, deal_components, exactly, rate_level
 from .quantization_avq import nearest_code
 
 _ROWS = 64  # matrices at once in the start
@@ -177,5 +177,3 @@ def bits_of(config):
     """Bits of one matrix."""
     return config.num_tokens * math.log2(config.num_codes)
 
-
-__all__ = ["Deal", "MatrixComponents", "bits_of", "flipped_kmeans"]

@@ -372,8 +372,7 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
             rest = (1 - unit.square().sum(-1, keepdim=True)).clamp(min=1e-3).sqrt()
             dealt = self.anchor * unit / rest
             components = self.deal.inverse(dealt[:, None])[:, 0]
-            decoded = mean + self.components.inverse(components, coordinates)
-        return decoded
+            return mean + self.components.inverse(components, coordinates)
 
 
 def fisher_z_matrices(series, region_mask=None):
