@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
+
     from cortexicon.cohorts import Cohort
     from cortexicon.inference import Checkpoint
 
@@ -199,6 +199,8 @@ def _table(atlas: Mapping[str, Any], own: str) -> list[str]:
 
 def _losses(atlas: Mapping[str, Any], own: str) -> list[str]:
     """What is lost, in words."""
+    import numpy as np
+
     name, loss = atlas["atlas"], atlas["loss"]["own"]
     here, there = atlas["systems"]["own"], atlas["systems"]["other"]
     texts = [
@@ -314,6 +316,8 @@ def _behind_band(checkpoint: "Checkpoint", band: tuple[float, float]) -> "Checkp
 
 def _loss(system: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Mean over people of R2 in the other atlas minus R2 in `system`, with its 95 % interval."""
+    import numpy as np
+
     from cortexicon.evaluation.scores import bootstrap_interval
 
     subjects = [name for name in other["r2_per_subject"] if name in system["r2_per_subject"]]
@@ -324,8 +328,10 @@ def _loss(system: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]
     return {"difference": float(gaps.mean()), "interval": list(interval), "people": len(gaps)}
 
 
-def _distances(other: "Cohort", own: "Cohort") -> np.ndarray:
+def _distances(other: "Cohort", own: "Cohort") -> "np.ndarray":
     """Millimetres from each region of `other` to the nearest one of `own`, (regions,)."""
+    import numpy as np
+
     gaps = other.coordinates[:, None] - own.coordinates[None]
     return np.linalg.norm(gaps, axis=-1).min(axis=1)
 

@@ -327,10 +327,9 @@ def train(arguments: AVQArguments, run: Run) -> int:
         return StepGuard(accelerator, step, names, raw_model, run.warned)
 
     if arguments.closed_form_start and not resumed.step:
-        own = [k for k in range(arguments.component_batches) if turns.at(k) == 0]
-        raw_model.start_components(
-            [batch for k in own for batch, *_ in batches_at(5, k, 1, guard_at(0, k))]
-        )
+        draws = range(max(arguments.component_batches, len(atlases)))
+        own = (batches_at(5, k, 1, guard_at(0, k)) for k in draws if turns.at(k) == 0)
+        raw_model.start_components([batch for one in own for batch, *_ in one])
     start_step = int(arguments.codebook_start * arguments.max_steps)
     parts = arguments.accumulation_steps
     for step in (bar := run.steps(resumed.step, arguments.max_steps, "train avq")):
