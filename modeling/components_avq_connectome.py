@@ -176,4 +176,3 @@ def flipped_kmeans(vectors, size, iterations, draws, seed):
 def bits_of(config):
     """Bits of one matrix."""
     return config.num_tokens * math.log2(config.num_codes)
-

@@ -23,7 +23,6 @@ from .losses_avq import (
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 from .quantization_avq import AVQCodebook
 
-
 # Of a batch, how many tokens the critics of the alignment see at most.
 CRITIC_TOKENS = 4096
 

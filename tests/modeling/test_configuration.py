@@ -21,6 +21,7 @@ from cortexicon.modeling import AVQConfig, AVQLMConfig, ConfigurationError
         ({"num_connectivity_codes": -1}, "num_connectivity_codes must be an integer >= 0"),
         ({"encoder_layers": -1}, "encoder_layers must be an integer >= 0"),
         ({"revival_interval": 0}, "revival_interval must be an integer >= 1"),
+        ({"code_dim": 1}, "code_dim must be an integer >= 2, found 1"),
         ({"window_length": 25}, "multiple of patch_length, found 25 and 10. Use 20"),
         ({"window_length": 5}, "multiple of patch_length, found 5 and 10. Use 10"),
         ({"num_attention_heads": 3}, r"hidden_size \(16\) must be divisible .* \(3\)"),
