@@ -192,14 +192,15 @@ class ComponentStart:
     """The closed-form start of `AVQModel`'s linear path."""
 
     @torch.no_grad()
-    def start_components(self, batches) -> None:
+    def start_components(self, batches, elsewhere=()) -> None:
         """Start the linear path in closed form from `batches`, keyword inputs of `encode`.
 
         Spatial maps and temporal shapes become the principal components of the batches' windows,
         which must be of one parcellation and of training subjects; the components are dealt out to
         the tokens; P begins where text lies, and the decoder at reading P(code). Call it after
         `set_text_space`. All processes' windows count. A model whose codebook starts by itself
-        does this at its first training forward, from the one batch.
+        does this at its first training forward, from the one batch. `elsewhere`, where given, holds
+        the same windows in the regions of another parcellation: the maps then fit both.
         """
         inputs = [self._prepare(**batch) for batch in batches]
         coordinates = inputs[0][1][:1]
@@ -211,6 +212,9 @@ class ComponentStart:
             for part in (spatial, temporal, pairs):
                 dist.all_reduce(part)
         self._take_components(spatial / pairs.clamp(min=1), temporal, coordinates[0])
+        if any(elsewhere):
+            others = [self._prepare(**batch) for batch in elsewhere]
+            self._take_maps_elsewhere(inputs, others, distributed)
         vectors = torch.cat([self._vectors(*one) for one in inputs[:8]])
         codes = F.normalize(vectors, dim=-1)
         self.projection.take_codes(codes)
@@ -266,6 +270,36 @@ class ComponentStart:
         unit = (energy / tokens).sqrt().clamp(min=1e-6)
         parts.shapes.copy_(shapes / unit)
         parts.shapes_back.copy_(shapes * unit)
+
+    def _take_maps_elsewhere(self, inputs, others, distributed):
+        """Fit the maps at the regions of `others` too, by least squares over the same windows."""
+        parts, sums = self.components, None
+        for (values, coordinates, mask, _), (there, _, mask_there, _) in zip(
+            inputs, others, strict=True
+        ):
+            scale = parts.regions * mask / mask.sum(-1, keepdim=True).clamp(min=1)
+            heard = (values * scale[:, None]) @ parts.analysis(coordinates)  # (batch, time, maps)
+            heard, there = heard.flatten(0, 1).double(), there.flatten(0, 1).double()
+            seen = (mask_there.double() * values.shape[1]).sum(0)
+            total = torch.full_like(seen[:1], len(heard))
+            new = (heard.T @ heard, heard.T @ there, there.T @ there, seen, total)
+            sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+        if distributed:
+            for part in sums:
+                dist.all_reduce(part)
+        own, cross, regions, seen, total = sums
+        cross = cross * (total / seen.clamp(min=1))  # as if no region were missing anywhere
+
+        def solve(gram, right, ridge):
+            size = ridge * gram.diagonal().mean()
+            return torch.linalg.solve(gram + size * torch.eye(len(gram)).to(gram), right)
+
+        at = torch.cat([inputs[0][1][0], others[0][1][0]])
+        here = parts.synthesis(inputs[0][1][:1])[0]
+        parts.synthesis.fit(at, torch.cat([here, solve(own, cross, 1e-4).T.to(here)]))
+        here = parts.analysis(inputs[0][1][:1])[0]
+        read = solve(regions, cross.T, 1e-2).to(here) * (len(regions) / parts.regions)
+        parts.analysis.fit(at, torch.cat([here, read]))
 
     def _fit_read_code(self, vectors):
         """Let the decoder read P(code) as the components of code vectors before normalisation."""

@@ -329,7 +329,8 @@ def train(arguments: AVQArguments, run: Run) -> int:
     if arguments.closed_form_start and not resumed.step:
         draws = range(max(arguments.component_batches, len(atlases)))
         own = (batches_at(5, k, 1, guard_at(0, k)) for k in draws if turns.at(k) == 0)
-        raw_model.start_components([batch for one in own for batch, *_ in one])
+        drawn = [batch for one in own for batch in one]
+        raw_model.start_components([batch[0] for batch in drawn], [batch[1] for batch in drawn])
     start_step = int(arguments.codebook_start * arguments.max_steps)
     parts = arguments.accumulation_steps
     for step in (bar := run.steps(resumed.step, arguments.max_steps, "train avq")):
