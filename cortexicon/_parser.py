@@ -34,6 +34,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="replace values of the config",
     )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    command.add_argument(
+        "--stream",
+        choices=("dynamics", "connectivity"),
+        default=None,
+        help="of `train avq`: windows of series, or matrices of scans (default: as CONFIG says)",
+    )
 
     command = commands.add_parser("ablate", help="train and score the cells of an ablation")
     command.add_argument("cells", metavar="CELLS", nargs="+", help="YAML file of cells")
@@ -127,6 +133,20 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--fold", type=int, default=0, help="fold of the split (default: 0)")
     command.add_argument("--json", type=Path, required=True, help="file of scores to write")
     command.add_argument("--batch-size", type=int, default=32, help="windows per step")
+
+    command = commands.add_parser(
+        "connectome-table", help="what connectivity codes keep of people, beside plain codes"
+    )
+    command.add_argument("cohort", metavar="COHORT", type=Path)
+    command.add_argument(
+        "checkpoints", metavar="DIR", type=Path, nargs="+", help="one of each fold to score"
+    )
+    command.add_argument("--json", type=Path, required=True, help="file of the table to write")
+    command.add_argument("--markdown", type=Path, default=None, help="the table for people")
+    command.add_argument(
+        "--other", type=Path, default=None, help="same scans in another atlas, to decode into"
+    )
+    command.add_argument("--ours-only", action="store_true", help="leave out the plain rows")
 
     command = commands.add_parser("alignment", help="can fresh probes tell codes from text?")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

@@ -85,6 +85,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "evaluate": _evaluate,
         "reconstruction": _reconstruction,
         "cross-atlas": _cross_atlas,
+        "connectome-table": _connectome_table,
         "alignment": _alignment,
         "align": _align,
         "left-out-sites": _left_out_sites,
@@ -149,7 +150,13 @@ def _split(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     import importlib
 
-    script = importlib.import_module(f"cortexicon.training.{arguments.what}")
+    from cortexicon.training.arguments import read_config
+
+    name = arguments.what
+    stream = arguments.stream or read_config(arguments.config).get("stream", "dynamics")
+    if name == "avq" and stream == "connectivity":
+        name = "connectome"
+    script = importlib.import_module(f"cortexicon.training.{name}")
     resume = ["resume=true"] if arguments.resume else []
     return int(script.main([arguments.config, *arguments.overrides, *resume]))
 
@@ -174,6 +181,11 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
+    if _is_connectome(arguments.checkpoint):
+        from cortexicon import _connectome
+
+        _connectome.encode(arguments)
+        return
     from cortexicon.cohorts import load_cohort
     from cortexicon.inference import (
         describe_codes,
@@ -201,6 +213,11 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _decode(arguments: argparse.Namespace) -> None:
+    if _is_connectome(arguments.checkpoint):
+        from cortexicon import _connectome
+
+        _connectome.decode(arguments)
+        return
     from cortexicon.cohorts import read_regions
     from cortexicon.inference import decode_codes, load_checkpoint
 
@@ -214,6 +231,18 @@ def _decode(arguments: argparse.Namespace) -> None:
         atlas=arguments.atlas,
     )
     print(f"{len(cohort)} decoded scans x {len(cohort.labels)} regions -> {arguments.out}")
+
+
+def _connectome_table(arguments: argparse.Namespace) -> None:
+    from cortexicon import _connectome
+
+    _connectome.table(arguments)
+
+
+def _is_connectome(folder: Path) -> bool:
+    from cortexicon.inference.connectome import is_connectome
+
+    return is_connectome(folder)
 
 
 def _predict(arguments: argparse.Namespace) -> None:
@@ -235,6 +264,11 @@ def _predict(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if _is_connectome(arguments.checkpoint):
+        from cortexicon import _connectome
+
+        _connectome.evaluate(arguments)
+        return
     from cortexicon._evaluate import evaluate_checkpoint
     from cortexicon.cohorts import load_cohort
     from cortexicon.inference import fit_to_atlas, load_checkpoint

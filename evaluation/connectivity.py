@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .scores import fisher_z, valid_regions
+from .scores import fisher_z, pearson, valid_regions
 
 if TYPE_CHECKING:
     from cortexicon.cohorts import Cohort
@@ -75,3 +75,19 @@ def standardised(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
         np.nan_to_num((part - mean) * scale, nan=0.0, posinf=0.0, neginf=0.0).astype(np.float32)
         for part in (train, *others)
     ]
+
+
+def correlation_by_scan(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Pearson correlation over pairs, of each scan with itself in another form.
+
+    Parameters
+    ----------
+    first, second : float, (scans, pairs)
+        Pairs that are NaN in either do not count.
+
+    Returns
+    -------
+    float64 array, (scans,)
+        NaN where one of the two does not vary.
+    """
+    return np.array([pearson(a, b) for a, b in zip(first, second, strict=True)])

@@ -1,0 +1,145 @@
+"""The connectivity stream from the command line: a simulated cohort to codes and scores."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+
+from cortexicon import cli
+from cortexicon.cohorts import load_cohort, make_split, save_cohort, simulate_cohort
+from cortexicon.evaluation.connectivity import correlation_by_scan
+from cortexicon.inference import cohort_matrices, load_connectome, read_codes
+from cortexicon.training.connectome import further_scans
+
+MODEL = {
+    "num_tokens": 6,
+    "num_codes": 64,
+    "code_dim": 5,
+    "num_maps": 28,
+    "num_coordinates": 300,
+    "position_features": 64,
+    "text_width": 16,
+    "projection_hidden_size": 8,
+    "classifier_hidden_size": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Cohort, its split in two folds, and a codec of fold 0."""
+    folder = tmp_path_factory.mktemp("connectome")
+    cohort = simulate_cohort(70, num_regions=28, duration=200.0, progress=False)
+    save_cohort(cohort, folder / "cohort")
+    make_split(cohort, "site_stratified", num_folds=2).save(folder / "split.json")
+    config = {
+        "stream": "connectivity",
+        "output": str(folder / "codec"),
+        "cohort": str(folder / "cohort"),
+        "split": str(folder / "split.json"),
+        "model": MODEL,
+        "kmeans_iterations": 5,
+        "kmeans_draws": 2000,
+        "cpu": True,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    assert cli.main(["train", "avq", str(folder / "config.yaml")]) == 0
+    return folder
+
+
+def run(*argv):
+    assert cli.main([str(word) for word in argv]) == 0
+
+
+def test_the_run_leaves_a_checkpoint_and_its_facts(folder):
+    facts = json.loads((folder / "codec" / "run.json").read_text())
+    assert facts["training_scans"] == 35  # training and validation people of fold 0
+    assert facts["eval_correlation"] > facts["eval_deviation"] > 0.3
+    model = load_connectome(folder / "codec")
+    assert model.config.num_tokens == 6
+    assert not model.training
+
+
+def test_codes_and_matrices_go_through_files(folder, tmp_path):
+    split = folder / "split.json"
+    run("encode", folder / "codec", folder / "cohort", "--out", tmp_path / "codes.parquet",
+        "--split", split)  # fmt: skip
+    scans, info = read_codes(tmp_path / "codes.parquet")
+    assert {scan.codes.shape for scan in scans} == {(1, 6)}
+    assert info.token_layout == "connectivity"
+    run("decode", folder / "codec", tmp_path / "codes.parquet", "--out", tmp_path / "m.npz")
+    with np.load(tmp_path / "m.npz", allow_pickle=False) as found:
+        matrices, subjects = found["matrices"], found["subject_id"].tolist()
+    cohort = load_cohort(folder / "cohort")
+    raw = cohort_matrices(cohort, subjects).matrices.numpy()
+    upper = np.triu_indices(28, 1)
+    kept = correlation_by_scan(raw[:, *upper], matrices[:, *upper])
+    mixed = correlation_by_scan(raw[:, *upper], np.roll(matrices, 1, axis=0)[:, *upper])
+    assert np.median(kept) > np.median(mixed) + 0.02  # its own person's, not just anybody's
+    # Codes of one codebook are not read by another.
+    run("train", "avq", folder / "config.yaml", "--set", f"output={tmp_path / 'other'}", "seed=1")
+    argv = ["decode", tmp_path / "other", tmp_path / "codes.parquet", "--out", tmp_path / "n.npz"]
+    assert cli.main([str(word) for word in argv]) == 2
+
+
+def test_steps_are_kept_only_where_validation_is_better(folder, tmp_path, capsys):
+    given = ["--set", "steps=4", "eval_steps=2", "log_steps=2", "fit_validation=false"]
+    # A learning rate that can only destroy: the start is what is saved.
+    output = [f"output={tmp_path / 'bad'}", "learning_rate=1.0"]
+    run("train", "avq", folder / "config.yaml", *given, *output)
+    lines = (tmp_path / "bad" / "training_log.jsonl").read_text().splitlines()
+    scores = [json.loads(line) for line in lines if "eval_deviation" in line]
+    facts = json.loads((tmp_path / "bad" / "run.json").read_text())
+    assert scores[-1]["eval_deviation"] < scores[0]["eval_deviation"]
+    assert facts["eval_deviation"] == scores[0]["eval_deviation"]
+    argv = ["train", "avq", str(folder / "config.yaml"), "--set", "steps=4"]
+    assert cli.main([*argv, f"output={tmp_path / 'x'}"]) == 2
+    assert "fit_validation" in capsys.readouterr().err
+
+
+def test_other_commands_refuse_what_they_cannot_read(folder, tmp_path, capsys):
+    argv = ["train", "avq", folder / "config.yaml", "--stream", "dynamics"]
+    assert cli.main([str(word) for word in argv]) == 2  # a config of the other stream
+    argv = ["evaluate", folder / "codec", folder / "cohort", "--json", tmp_path / "s.json"]
+    assert cli.main([str(word) for word in argv]) == 2
+    assert "--split" in capsys.readouterr().err
+
+
+def test_the_table_scores_folds_once(folder, tmp_path, capsys):
+    split = folder / "split.json"
+    run("train", "avq", folder / "config.yaml", "--set", "fold=1", f"output={tmp_path / 'one'}")
+    argv = ["connectome-table", folder / "cohort", folder / "codec", tmp_path / "one",
+            "--json", tmp_path / "t.json", "--markdown", tmp_path / "t.md",
+            "--other", folder / "cohort"]  # fmt: skip
+    run(*argv)
+    table = json.loads((tmp_path / "t.json").read_text())["schemes"]["site_stratified"]
+    rows = {row["system"]: row for row in table["rows"]}
+    ours, raw = rows["AVQ connectome, 6 tokens"], rows["raw connectivity"]
+    assert ours["scans"] == raw["scans"] == 70
+    assert raw["full"] == pytest.approx(1.0)
+    assert rows["group mean"]["deviation"] is None
+    assert 0.2 < ours["deviation"] < 1
+    assert {"age_mae", "sex_auc"} <= set(raw)
+    # Decoded at the regions it was encoded from, with their mean: the same as without a detour.
+    assert table["cross_atlas"]["deviation"] == pytest.approx(ours["deviation"], abs=0.03)
+    cells = sorted((tmp_path / "connectome_cells").iterdir())
+    before = [path.stat().st_mtime_ns for path in cells]
+    run(*argv)
+    assert [path.stat().st_mtime_ns for path in cells] == before
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+    assert "AVQ connectome" in (tmp_path / "t.md").read_text()
+    run("evaluate", folder / "codec", folder / "cohort", "--split", split,
+        "--json", tmp_path / "s.json")  # fmt: skip
+    assert json.loads((tmp_path / "s.json").read_text())["scans"] == 35
+
+
+def test_scans_of_held_out_people_and_sites_serve_nothing(folder):
+    cohort = load_cohort(folder / "cohort")
+    subjects = list(cohort.subject_ids)
+    sites = cohort.participants["site"]
+    fitted = [s for s in subjects if sites[s] == sites[subjects[0]]][:3]
+    parts = {"train": fitted, "test": subjects[-5:]}
+    found = further_scans(cohort, parts, fitted)
+    assert found
+    assert set(sites[found]) == {sites[subjects[0]]}
+    assert not set(found) & {*fitted, *subjects[-5:]}

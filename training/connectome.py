@@ -1,0 +1,290 @@
+"""`cortexicon train avq CONFIG --stream connectivity`: matrices of connectivity to codes and back.
+
+The run in one look: the Fisher-z matrix of every scan is held in memory; maps, components and
+codebook start in closed form from training people, which takes a minute and is nearly all there is
+to gain; `steps` gradient steps may follow, and what they reach is kept only where validation
+says that it is better than the start.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+from cortexicon.cohorts import Cohort
+from cortexicon.evaluation.connectivity import correlation_by_scan
+from cortexicon.inference import cohort_matrices
+from cortexicon.modeling import AVQConnectomeConfig, AVQConnectomeModel
+from cortexicon.modeling.losses_avq import reversal_strength
+
+from .arguments import TrainingError, load_arguments
+from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
+from .collators import TextDomain, draw_scans, load_fold
+from .faults import written_whole
+
+
+@dataclass
+class ConnectomeArguments:
+    """Arguments of the stage; training/configs/abide_connectome.yaml says what each does."""
+
+    output: str
+    cohort: str
+    split: str
+    stream: str = "connectivity"
+    text_model: str = ""
+    fold: int = 0
+    model: dict = field(default_factory=dict)
+    shrinkage: float = 0.1
+    more_scans: bool = True
+    fit_validation: bool = True
+    kmeans_iterations: int = 14
+    kmeans_draws: int = 80000
+    steps: int = 0
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    warmup_steps: int = 20
+    text_batch_size: int = 1024
+    log_steps: int = 20
+    eval_steps: int = 50
+    seed: int = 0
+    cpu: bool = False
+    resume: bool = False
+
+
+class Matrices(NamedTuple):
+    """Scans of one part: `matrices` (scans, regions, regions), `region_mask` (scans, regions)."""
+
+    matrices: torch.Tensor
+    region_mask: torch.Tensor
+
+    def rows(self, chosen) -> dict[str, torch.Tensor]:
+        """Keyword inputs of the model."""
+        return {"matrices": self.matrices[chosen], "region_mask": self.region_mask[chosen]}
+
+
+def further_scans(cohort: Cohort, parts: dict[str, list[str]], fitted: list[str]) -> list[str]:
+    """Scans of training sites that no part names, of people that no part names either.
+
+    Quality control kept them out of the split; they still say which connections vary together.
+    """
+    table = cohort.participants
+    named = {subject for subjects in parts.values() for subject in subjects}
+    sites = set(table.loc[fitted, "site"])
+    free = [s for s in table.index if s not in named and table.loc[s, "site"] in sites]
+    if "sub_id" in table:
+        people = set(table.loc[sorted(named), "sub_id"].astype(str))
+        free = [s for s in free if str(table.loc[s, "sub_id"]) not in people]
+    return free
+
+
+@torch.no_grad()
+def evaluate(model: AVQConnectomeModel, scans: Matrices, batch_size: int) -> dict[str, float]:
+    """Median over scans of the correlation with the decoded matrix, and of deviations; usage."""
+    training = model.training
+    model.eval()
+    centre = model.components.mean_at(model._coordinates(None, None))[0].cpu()
+    upper = tuple(torch.triu_indices(len(centre), len(centre), 1))
+    used = torch.zeros(model.config.num_codes, dtype=torch.bool)
+    raw, decoded = [], []
+    for rows in torch.arange(len(scans.matrices)).split(batch_size):
+        batch = {key: value.to(model.device) for key, value in scans.rows(rows).items()}
+        codes = model.encode(**batch).codes
+        used[codes.flatten().cpu()] = True
+        decoded.append(model.decode(codes).matrices.cpu()[:, *upper])
+        mask = scans.region_mask[rows]
+        there = (mask[:, :, None] & mask[:, None, :])[:, *upper]
+        raw.append(scans.matrices[rows][:, *upper].masked_fill(~there, torch.nan))
+    model.train(training)
+    first, second, mean = torch.cat(raw).numpy(), torch.cat(decoded).numpy(), centre[upper].numpy()
+    return {
+        "eval_correlation": float(np.nanmedian(correlation_by_scan(first, second))),
+        "eval_deviation": float(np.nanmedian(correlation_by_scan(first - mean, second - mean))),
+        "eval_usage": float(used.float().mean()),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Train the stream; `argv` is CONFIG followed by key=value overrides."""
+    arguments = load_arguments(ConnectomeArguments, argv)
+    if arguments.stream != "connectivity":
+        raise TrainingError(
+            f"stream must be connectivity here, found {arguments.stream!r}. Windows of series are "
+            "trained without --stream."
+        )
+    if arguments.steps < 0 or (arguments.steps and arguments.fit_validation):
+        raise TrainingError(
+            f"steps = {arguments.steps}: steps are kept where validation says so, which "
+            "therefore cannot be fitted. Set fit_validation to false, or steps to 0."
+        )
+    with begin_run(arguments) as run:
+        return train(arguments, run)
+
+
+def train(arguments: ConnectomeArguments, run: Run) -> int:
+    """The run in `arguments.output`, which is claimed; the exit code."""
+    if run.accelerator.num_processes > 1:
+        raise TrainingError(
+            "The connectivity stream trains on one process: start it without torchrun."
+        )
+    cohort, split, parts = load_fold(arguments)
+    text_domain, table = None, None
+    if arguments.text_model:
+        text_domain, table = text_side(Path(arguments.text_model))
+    model = build_model(arguments, cohort, table, text_domain)
+
+    def matrices_of(subjects: list[str]) -> Matrices:
+        return Matrices(*cohort_matrices(cohort, subjects)[1:])
+
+    fitted = list(parts["train"])
+    if arguments.fit_validation:
+        fitted += parts["validation"]
+    training, validation = matrices_of(fitted), matrices_of(list(parts["validation"]))
+    more = further_scans(cohort, parts, fitted) if arguments.more_scans else []
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
+    facts = {
+        "cohort_hash": cohort.content_hash,
+        "split_hash": split.hash,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "training_scans": len(fitted),
+        "more_scans": len(more),
+        "tokens": model.config.num_tokens,
+        "text_table": model.config.text_table_sha256,
+        "processes": 1,
+    }
+    run.begin("avq", arguments, facts, model, optimizer)
+    log = TrainingLog(run.output, True)
+    extra = matrices_of(more) if more else Matrices(None, None)  # type: ignore[arg-type]
+    dealt = model.start_components(
+        training.matrices,
+        region_mask=training.region_mask,
+        more_matrices=extra.matrices,
+        more_region_mask=extra.region_mask,
+        shrinkage=arguments.shrinkage,
+    )
+    model.start_codebook(
+        dealt, arguments.kmeans_iterations, arguments.kmeans_draws, seed=arguments.seed
+    )
+    del dealt, extra
+    final = evaluate(model, validation, arguments.batch_size)
+    log.write(0, **final)
+    if arguments.steps:
+        final = refine(arguments, run, model, optimizer, training, validation, text_domain, log)
+    model.cpu().eval()
+    with written_whole(run.output) as folder:
+        model.save_pretrained(folder)
+    write_run_facts(run.output, "avq", arguments, seconds=log.seconds, **facts, **final)
+    remove_state(run.output)
+    # What was fitted on validation is not judged by it.
+    judged = "" if arguments.fit_validation else " on validation"
+    print(
+        f"Codec in {run.output}: correlation {final['eval_correlation']:.3f}, deviation "
+        f"{final['eval_deviation']:.3f}{judged or ' on scans it was fitted on'} "
+        f"({model.config.num_tokens} tokens a scan)"
+    )
+    return 0
+
+
+def text_side(folder: Path) -> tuple[TextDomain, torch.Tensor]:
+    """Draws of text, and the embedding table of the language model in `folder`."""
+    if not (folder / "token_counts.safetensors").is_file():
+        raise TrainingError(
+            f"{folder} holds no token_counts.safetensors. "
+            "The text side comes first: cortexicon train text CONFIG."
+        )
+    table = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings()
+    counts = load_file(folder / "token_counts.safetensors")["counts"]
+    return TextDomain(table.weight, counts), table.weight.detach()
+
+
+def build_model(
+    arguments: ConnectomeArguments,
+    cohort: Cohort,
+    table: torch.Tensor | None,
+    text_domain: TextDomain | None,
+) -> AVQConnectomeModel:
+    """An untrained codec for the cohort's atlas and, where given, a language model."""
+    values = dict(arguments.model)
+    if table is not None:
+        values["text_width"] = table.shape[1]
+    model = AVQConnectomeModel(
+        AVQConnectomeConfig(
+            atlas=cohort.atlas,
+            region_labels=list(cohort.labels),
+            region_coordinates=cohort.coordinates.tolist(),
+            **values,
+        )
+    )
+    if table is not None and text_domain is not None:
+        model.set_text_space(table, model_id=arguments.text_model, share=text_domain.share)
+    return model
+
+
+def refine(
+    arguments: ConnectomeArguments,
+    run: Run,
+    model: AVQConnectomeModel,
+    optimizer: torch.optim.Optimizer,
+    training: Matrices,
+    validation: Matrices,
+    text_domain: TextDomain | None,
+    log: TrainingLog,
+) -> dict[str, float]:
+    """Gradient steps from the start; the model ends as what validation found best, scores too.
+
+    Without text the best has the highest `eval_deviation`. With it the last is kept, for alignment
+    is what the steps are for, and validation does not see it.
+    """
+    device = run.accelerator.device
+    model.to(device).train()
+    best = evaluate(model, validation, arguments.batch_size)
+    kept = {key: value.clone() for key, value in model.state_dict().items()}
+    log_every, names = arguments.log_steps, ("reconstruction_loss", "commitment_loss")
+    for step in tqdm(range(arguments.steps), desc="train avq", mininterval=2.0):
+        torch.manual_seed(arguments.seed * 1_000_003 + step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(
+                step, arguments.learning_rate, arguments.warmup_steps, arguments.steps
+            )
+        rng = np.random.default_rng([arguments.seed, step])
+        chosen = draw_scans(rng, arguments.batch_size, len(training.matrices))
+        batch = {key: value.to(device) for key, value in training.rows(chosen).items()}
+        text = None
+        if text_domain is not None:
+            text = text_domain.draw(arguments.text_batch_size, [arguments.seed, 2, step]).to(device)
+        out = model(
+            **batch, text_embeddings=text, reversal=reversal_strength(step / arguments.steps)
+        )
+        if not bool(torch.isfinite(out.loss)):
+            raise TrainingError(
+                f"step {step}: the loss is not finite. Lower learning_rate, or set steps to 0."
+            )
+        optimizer.zero_grad()
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % log_every == 0:
+            values = {
+                name: getattr(out, name) for name in (*names, "domain_loss", "domain_accuracy")
+            }
+            log.write(step + 1, loss=out.loss, **values)
+        if (step + 1) % arguments.eval_steps == 0 or step + 1 == arguments.steps:
+            scores = evaluate(model, validation, arguments.batch_size)
+            log.write(step + 1, **scores)
+            if text_domain is not None or scores["eval_deviation"] > best["eval_deviation"]:
+                best = scores | {"best_step": float(step + 1)}
+                kept = {key: value.clone() for key, value in model.state_dict().items()}
+    model.load_state_dict(kept)
+    return best
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
