@@ -152,8 +152,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     from cortexicon.training.arguments import read_config
 
-    name = arguments.what
-    stream = arguments.stream or read_config(arguments.config).get("stream", "dynamics")
+    name, stream = arguments.what, arguments.stream
+    if stream is None and Path(arguments.config).is_file():  # the script says what is missing
+        stream = read_config(arguments.config).get("stream")
     if name == "avq" and stream == "connectivity":
         name = "connectome"
     script = importlib.import_module(f"cortexicon.training.{name}")
