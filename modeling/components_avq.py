@@ -10,12 +10,16 @@ the blocks of the network then learn what a Gaussian codec of patches cannot kno
 
 import heapq
 import math
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+
+from .configuration_avq import AVQConfig
+from .layers_avq import TextMoments, TextProjection
 
 
 def exactly(tensor):
@@ -191,6 +195,18 @@ def covariances(values, region_mask, time_mask, patch_length):
 class ComponentStart:
     """The closed-form start of `AVQModel`'s linear path."""
 
+    config: AVQConfig
+    components: PatchComponents
+    deal: Deal
+    ranks: Deal
+    token_maps: RegionMaps
+    token_maps_back: RegionMaps
+    projection: TextProjection
+    text_moments: TextMoments
+    read_code: nn.Linear
+    _prepare: Callable
+    _encode: Callable
+
     @torch.no_grad()
     def start_components(self, batches, elsewhere=()) -> None:
         """Start the linear path in closed form from `batches`, keyword inputs of `encode`.
@@ -205,7 +221,7 @@ class ComponentStart:
         inputs = [self._prepare(**batch) for batch in batches]
         coordinates = inputs[0][1][:1]
         length = self.config.patch_length
-        sums = [covariances(values, *masks, length) for values, _, *masks in inputs]
+        sums = [covariances(values, space, time, length) for values, _, space, time in inputs]
         spatial, temporal, pairs = (torch.stack(part).sum(0) for part in zip(*sums, strict=True))
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         if distributed:
@@ -273,7 +289,8 @@ class ComponentStart:
 
     def _take_maps_elsewhere(self, inputs, others, distributed):
         """Fit the maps at the regions of `others` too, by least squares over the same windows."""
-        parts, sums = self.components, None
+        parts = self.components
+        sums: tuple = ()
         for (values, coordinates, mask, _), (there, _, mask_there, _) in zip(
             inputs, others, strict=True
         ):
@@ -283,7 +300,7 @@ class ComponentStart:
             seen = (mask_there.double() * values.shape[1]).sum(0)
             total = torch.full_like(seen[:1], len(heard))
             new = (heard.T @ heard, heard.T @ there, there.T @ there, seen, total)
-            sums = new if sums is None else tuple(a + b for a, b in zip(sums, new, strict=True))
+            sums = tuple(a + b for a, b in zip(sums, new, strict=True)) if sums else new
         if distributed:
             for part in sums:
                 dist.all_reduce(part)

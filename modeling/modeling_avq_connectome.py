@@ -119,8 +119,9 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
             The shapes do not fit, entries are infinite, or the codebook was never started.
         """
         self._check_started()
-        inputs = self._prepare(matrices, region_coordinates, region_mask)
-        output = self.quantizer(self._encode(*inputs, self._mean(mean, inputs[1])), update=False)
+        values, where, present = self._prepare(matrices, region_coordinates, region_mask)
+        latents = self._encode(values, where, present, self._mean(mean, where))
+        output = self.quantizer(latents, update=False)
         return AVQConnectomeEncoderOutput(
             codes=output.codes, quantized=output.quantized, text_embeds=self._project(output)
         )
@@ -391,7 +392,7 @@ def fisher_z_matrices(series, region_mask=None):
     region_mask : bool, shape (batch, regions)
     """
     series = series.double()
-    mask = whole_mask(region_mask, "region_mask", *series.shape[::2], series.device)
+    mask = whole_mask(region_mask, "region_mask", len(series), series.shape[2], series.device)
     series = torch.where(mask[:, None], series, torch.zeros_like(series))
     mask = mask & (series.amax(1) > series.amin(1)) & torch.isfinite(series).all(1)
     centred = (series - series.mean(1, keepdim=True)).masked_fill(~mask[:, None], 0.0)
