@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .reconstruction import ReconstructionScores, evaluate_reconstruction
     from .report import write_report
     from .results import collect_results
+    from .scan_images import networks_of, render_scan
 
 _HOME = {
     "CrossAtlas": "cross_atlas",
@@ -37,9 +38,11 @@ _HOME = {
     "gap_closed": "probes",
     "gaussian_reference": "rate_distortion",
     "geometry": "code_geometry",
+    "networks_of": "scan_images",
     "probe_alignment": "probes",
     "read_predictions": "predictions",
     "region_patch_baseline": "patch_kmeans",
+    "render_scan": "scan_images",
     "run_baselines": "baselines",
     "score_clinical": "clinical",
     "tokenizer_baseline": "patch_kmeans",
@@ -61,9 +64,11 @@ __all__ = [
     "gap_closed",
     "gaussian_reference",
     "geometry",
+    "networks_of",
     "probe_alignment",
     "read_predictions",
     "region_patch_baseline",
+    "render_scan",
     "run_baselines",
     "score_clinical",
     "tokenizer_baseline",
