@@ -25,6 +25,8 @@ _PUBLIC = {
     "AVQConnectomeModel": "modeling",
     "AVQLMConfig": "modeling",
     "AVQLMForConditionalGeneration": "modeling",
+    "FMRIMAEConfig": "modeling",
+    "FMRIMAEModel": "modeling",
     "AVQFeatureExtractor": "tokenization",
     "AVQTokenizer": "tokenization",
     "AVQProcessor": "tokenization",
@@ -56,6 +58,8 @@ if _TYPE_CHECKING:
         AVQLMConfig,
         AVQLMForConditionalGeneration,
         AVQModel,
+        FMRIMAEConfig,
+        FMRIMAEModel,
     )
     from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 

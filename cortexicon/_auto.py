@@ -43,6 +43,8 @@ def register_auto_classes() -> None:
         AVQLMConfig,
         AVQLMForConditionalGeneration,
         AVQModel,
+        FMRIMAEConfig,
+        FMRIMAEModel,
     )
     from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
@@ -52,7 +54,10 @@ def register_auto_classes() -> None:
         AutoFeatureExtractor.register(config_class, AVQFeatureExtractor, exist_ok=True)
         AutoProcessor.register(config_class, AVQProcessor, exist_ok=True)
     AutoConfig.register(AVQConnectomeConfig.model_type, AVQConnectomeConfig, exist_ok=True)
+    AutoConfig.register(FMRIMAEConfig.model_type, FMRIMAEConfig, exist_ok=True)
+    AutoFeatureExtractor.register(FMRIMAEConfig, AVQFeatureExtractor, exist_ok=True)
     AutoModel.register(AVQConfig, AVQModel, exist_ok=True)
+    AutoModel.register(FMRIMAEConfig, FMRIMAEModel, exist_ok=True)
     AutoModel.register(AVQConnectomeConfig, AVQConnectomeModel, exist_ok=True)
     AutoModel.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)

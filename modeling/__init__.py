@@ -1,11 +1,13 @@
-"""What `AutoModel` loads: the autoencoders (AVQ) and the language model that reads codes."""
+"""What `AutoModel` loads: the autoencoders (AVQ, MAE) and the language models that read scans."""
 
 from .configuration_avq import AVQConfig, ConfigurationError
 from .configuration_avq_connectome import AVQConnectomeConfig
 from .configuration_avq_lm import AVQLMConfig
+from .configuration_fmri_mae import FMRIMAEConfig
 from .modeling_avq import AVQModel
 from .modeling_avq_connectome import AVQConnectomeModel, fisher_z_matrices
 from .modeling_avq_lm import AVQLMForConditionalGeneration
+from .modeling_fmri_mae import FMRIMAEEncoderOutput, FMRIMAEModel, FMRIMAEOutput
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 from .outputs_avq_connectome import (
     AVQConnectomeDecoderOutput,
@@ -27,5 +29,9 @@ __all__ = [
     "AVQModel",
     "AVQOutput",
     "ConfigurationError",
+    "FMRIMAEConfig",
+    "FMRIMAEEncoderOutput",
+    "FMRIMAEModel",
+    "FMRIMAEOutput",
     "fisher_z_matrices",
 ]
