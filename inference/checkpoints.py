@@ -109,6 +109,7 @@ def fit_to_atlas(checkpoint: Checkpoint, cohort: Cohort, any_atlas: bool = False
         processor=AVQProcessor(
             extractor.for_atlas(cohort.atlas, cohort.labels, cohort.coordinates),
             checkpoint.processor.tokenizer,
+            connectivity_tokens=checkpoint.processor.connectivity_tokens,
         )
     )
     fitted.processor.tokens_per_window = fitted.tokens_per_window

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from cortexicon.cohorts import Cohort, CohortError
+from cortexicon.cohorts import Cohort, CohortError, ParcelSeries
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, TokenizationError
 
@@ -28,11 +28,23 @@ class PromptCodes(NamedTuple):
     codes : int64 array, shape (scans, prompts, windows, tokens)
     skipped : dict of str to str
         Scans that could not be encoded, and why.
+    connectivity : int64 array, shape (scans, tokens), or None
+        Codes of the connectivity stream, where the model reads it.
     """
 
     subject_ids: list[str]
     codes: np.ndarray
     skipped: dict[str, str]
+    connectivity: np.ndarray | None = None
+
+    @property
+    def flat(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """Codes (prompts of all scans, windows, tokens), and connectivity of each prompt."""
+        scans, prompts, *window = self.codes.shape
+        codes = self.codes.reshape(scans * prompts, *window)
+        if self.connectivity is None:
+            return codes, None
+        return codes, np.repeat(self.connectivity, self.codes.shape[1], axis=0)
 
 
 def answers_of(target: dict[str, Any]) -> list[str]:
@@ -42,6 +54,20 @@ def answers_of(target: dict[str, Any]) -> list[str]:
     return list(target["classes"])
 
 
+def prompt_rows(
+    processor: AVQProcessor,
+    codes: np.ndarray,
+    connectivity: np.ndarray | None,
+    question: str,
+) -> list[list[int]]:
+    """Ids of one prompt per row of codes (prompts, windows, tokens), all of one length."""
+    rows = []
+    for row, windows in enumerate(codes):
+        more = None if connectivity is None else connectivity[row]
+        rows.append(processor.prompt_ids(windows if len(windows) else None, question, more))
+    return rows
+
+
 @torch.inference_mode()
 def answer_probabilities(
     model: AVQLMForConditionalGeneration,
@@ -49,6 +75,8 @@ def answer_probabilities(
     codes: np.ndarray,
     target: dict[str, Any],
     batch_size: int = 32,
+    connectivity: np.ndarray | None = None,
+    question: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probability of every valid answer, under a grammar that allows no other.
 
@@ -58,8 +86,13 @@ def answer_probabilities(
     Parameters
     ----------
     codes : int64 array, shape (prompts, windows, tokens)
+        With 0 windows the prompts hold connectivity alone.
     target : dict
         One of `AVQLMConfig.targets`.
+    connectivity : int64 array, shape (prompts, tokens), optional
+        Codes of the connectivity stream.
+    question : str, optional
+        In place of the target's own.
 
     Returns
     -------
@@ -69,7 +102,7 @@ def answer_probabilities(
         Whether the likeliest first token of all the vocabulary begins a valid answer.
     """
     answers = [tuple(processor.answer_ids(answer)) for answer in answers_of(target)]
-    prompts = [processor.prompt_ids(windows, target["question"]) for windows in codes]
+    prompts = prompt_rows(processor, codes, connectivity, question or target["question"])
     probabilities = np.ones((len(prompts), len(answers)))
     free = np.zeros(len(prompts), dtype=bool)
     prefixes = sorted(
@@ -121,7 +154,7 @@ def window_starts(length: int, window: int, prompts: int, windows: int) -> np.nd
 
 @torch.inference_mode()
 def encode_prompts(
-    codec: AVQModel,
+    model: AVQLMForConditionalGeneration,
     extractor: AVQFeatureExtractor,
     cohort: Cohort,
     subject_ids: Sequence[str],
@@ -130,44 +163,96 @@ def encode_prompts(
     batch_size: int = 32,
     quiet: bool = False,
 ) -> PromptCodes:
-    """Codes of `prompts` x `windows` windows of each scan.
+    """Codes of `prompts` x `windows` windows of each scan, and of its connectivity if read.
 
-    Scans that cannot be encoded are listed with the reason.
+    Scans that cannot be encoded are listed with the reason. With `windows` 0 there is one prompt a
+    scan, of connectivity alone.
     """
-    found, blocks, skipped = [], [], {}
-    length = extractor.window_length
+    found: list[str] = []
+    blocks: list[np.ndarray] = []
+    matrices: list[np.ndarray] = []
+    skipped: dict[str, str] = {}
+    prompts = prompts if windows else 1
     for subject in tqdm(subject_ids, desc="encode", mininterval=2.0, disable=quiet):
         try:
             scan = cohort.series(subject)
-            values, mask = extractor.prepare_scan(
-                scan.values,
-                scan.tr,
-                region_labels=scan.labels,
-                atlas=scan.atlas,
-                where=f"{subject}: ",
-            )
-        except (CohortError, TokenizationError) as error:
+            codes = scan_windows(model.avq, extractor, scan, prompts, windows, batch_size)
+            if model.connectome is not None:
+                matrices.append(connectivity_codes(model, extractor, scan))
+        except (CohortError, InferenceError, TokenizationError) as error:
             skipped[subject] = str(error)
             continue
-        if len(values) < length:
-            skipped[subject] = (
-                f"{subject}: {len(values) * extractor.sampling_interval:g} s, shorter than one "
-                f"window of {length * extractor.sampling_interval:g} s"
-            )
-            continue
-        starts = window_starts(len(values), length, prompts, windows).ravel()
-        batch = torch.from_numpy(np.stack([values[s : s + length] for s in starts])).to(
-            codec.device
-        )
-        masks = torch.from_numpy(mask).to(codec.device).expand(len(batch), -1)
-        parts = [
-            codec.encode(batch[k : k + batch_size], region_mask=masks[k : k + batch_size]).codes
-            for k in range(0, len(batch), batch_size)
-        ]
         found.append(subject)
-        blocks.append(torch.cat(parts).cpu().numpy().reshape(prompts, windows, -1))
+        blocks.append(codes)
     codes = np.stack(blocks) if blocks else np.zeros((0, prompts, windows, 0), dtype=np.int64)
-    return PromptCodes(found, codes, skipped)
+    if model.connectome is None:
+        return PromptCodes(found, codes, skipped)
+    empty = np.zeros((0, model.connectome.config.num_tokens), dtype=np.int64)
+    return PromptCodes(found, codes, skipped, np.stack(matrices) if found else empty)
+
+
+def scan_windows(
+    codec: AVQModel,
+    extractor: AVQFeatureExtractor,
+    scan: ParcelSeries,
+    prompts: int,
+    windows: int,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Codes int64 (prompts, windows, tokens) of windows spread evenly over one scan.
+
+    Raises
+    ------
+    InferenceError
+        The scan is shorter than a window.
+    TokenizationError
+        The feature extractor refuses it.
+    """
+    where, length = f"{scan.subject_id}: ", extractor.window_length
+    if not windows:
+        return np.zeros((prompts, 0, 0), dtype=np.int64)
+    values, mask = extractor.prepare_scan(
+        scan.values, scan.tr, region_labels=scan.labels, atlas=scan.atlas, where=where
+    )
+    if len(values) < length:
+        raise InferenceError(
+            f"{where}{len(values) * extractor.sampling_interval:g} s, shorter than one "
+            f"window of {length * extractor.sampling_interval:g} s"
+        )
+    starts = window_starts(len(values), length, prompts, windows).ravel()
+    batch = torch.from_numpy(np.stack([values[s : s + length] for s in starts])).to(codec.device)
+    masks = torch.from_numpy(mask).to(codec.device).expand(len(batch), -1)
+    parts = [
+        codec.encode(batch[k : k + batch_size], region_mask=masks[k : k + batch_size]).codes
+        for k in range(0, len(batch), batch_size)
+    ]
+    return torch.cat(parts).cpu().numpy().reshape(prompts, windows, -1)
+
+
+def connectivity_codes(
+    model: AVQLMForConditionalGeneration, extractor: AVQFeatureExtractor, scan: ParcelSeries
+) -> np.ndarray:
+    """Connectivity codes int64 (tokens,) of one whole scan at its own TR.
+
+    Raises
+    ------
+    TokenizationError
+        Other regions than the extractor's, or too many without a signal.
+    """
+    matrix, mask = extractor.connectivity(
+        scan.values,
+        region_labels=scan.labels,
+        atlas=scan.atlas,
+        where=f"{scan.subject_id}: ",
+    )
+    places = torch.tensor(np.asarray(extractor.region_coordinates, dtype=np.float32))
+    ids = model.get_fmri_tokens(
+        torch.from_numpy(matrix)[None].to(model.device),
+        places[None].to(model.device),
+        torch.from_numpy(mask)[None].to(model.device),
+        stream="fc",
+    )
+    return (ids - model.block("fc")[0])[0].cpu().numpy()
 
 
 def predict_cohort(
@@ -203,7 +288,7 @@ def predict_cohort(
         Not a language model, or a target that it was not trained to answer.
     """
     loaded = load_checkpoint(checkpoint)
-    if loaded.model_type != "avq_lm":
+    if not isinstance(loaded.model, AVQLMForConditionalGeneration):
         raise InferenceError(
             f"{checkpoint} is a codec and answers no questions. "
             "Give the folder that `cortexicon train lm` wrote."
@@ -218,7 +303,7 @@ def predict_cohort(
                 f"it knows {', '.join(known) or 'no target'}."
             )
     prompts = encode_prompts(
-        loaded.codec,
+        loaded.model,
         loaded.processor.feature_extractor,
         cohort,
         cohort.subject_ids if subject_ids is None else subject_ids,
@@ -233,11 +318,12 @@ def predict_cohort(
     tables = []
     for name in chosen:
         target = known[name]
-        flat = prompts.codes.reshape(-1, *prompts.codes.shape[2:])
+        flat, connectivity = prompts.flat
         probabilities, free = answer_probabilities(
-            loaded.model, loaded.processor, flat, target, batch_size
+            loaded.model, loaded.processor, flat, target, batch_size, connectivity
         )
-        probabilities = probabilities.reshape(len(prompts.subject_ids), config.prompts_per_scan, -1)
+        answers = probabilities.shape[1]
+        probabilities = probabilities.reshape(*prompts.codes.shape[:2], answers)
         # NOTE: prompts of one scan are pooled as probabilities, so `mode` is the mode of the pooled
         # answer.
         pooled = probabilities.mean(1)

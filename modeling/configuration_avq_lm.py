@@ -6,10 +6,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .configuration_avq import AVQConfig, ConfigurationError, refuse_unknown_keys
+from .configuration_avq_connectome import AVQConnectomeConfig
 
 # Fields that are integers, and the least they may be.
 _INTEGERS = {
-    "windows_per_prompt": 1,
+    "windows_per_prompt": 0,
     "prompts_per_scan": 1,
     "fmri_offset": 0,
     "connectivity_offset": 0,
@@ -17,6 +18,8 @@ _INTEGERS = {
     "bof_token_id": 0,
     "eof_token_id": 0,
     "sep_token_id": 0,
+    "bofc_token_id": 0,
+    "eofc_token_id": 0,
 }
 
 
@@ -28,17 +31,22 @@ class AVQLMConfig(PreTrainedConfig):
     avq_config : AVQConfig or dict
     text_config : PreTrainedConfig or dict
         The language model, already of the size of the shared vocabulary.
+    connectome_config : AVQConnectomeConfig or dict, optional
+        The second stream: a scan's connectivity as codes of the connectivity block. None: the model
+        knows the dynamics alone.
     fmri_offset, connectivity_offset : int
         Ids of code 0 of the dynamics block and of the connectivity block; both are contiguous.
     fmri_token_id : int
-        Placeholder that one code of `input_values` replaces.
+        Placeholder that one code replaces, of the stream whose markers it stands between.
     bof_token_id, eof_token_id, sep_token_id : int
         `<fmri>`, `</fmri>` and the separator between windows.
+    bofc_token_id, eofc_token_id : int
+        `<fc>` and `</fc>`, around the connectivity codes.
     fmri_input : {"codes", "features"}
         Whether a scan enters as tokens of the vocabulary or as continuous projected features.
     windows_per_prompt : int
         Windows that every prompt holds; the same for all scans, since scan length alone names the
-        site.
+        site. 0: prompts of connectivity alone.
     prompts_per_scan : int
         Prompts, each with other windows, whose answers are pooled to one per scan.
     targets : list of dict
@@ -56,16 +64,20 @@ class AVQLMConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict] = {
         "avq_config": AVQConfig,
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+        "connectome_config": SubConfigSpec(config_class=AVQConnectomeConfig, optional=True),
     }
 
     avq_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    connectome_config: dict | PreTrainedConfig | None = None
     fmri_offset: int = 0
     connectivity_offset: int = 0
     fmri_token_id: int = 0
     bof_token_id: int = 0
     eof_token_id: int = 0
     sep_token_id: int = 0
+    bofc_token_id: int = 0
+    eofc_token_id: int = 0
     fmri_input: str = "codes"
     windows_per_prompt: int = 1
     prompts_per_scan: int = 1
@@ -87,8 +99,13 @@ class AVQLMConfig(PreTrainedConfig):
                 raise ConfigurationError(
                     f"AVQLMConfig.{name} must be an integer >= {lowest}, found {value!r}."
                 )
+        if self.connectome_config is None and not self.windows_per_prompt:
+            raise ConfigurationError(
+                "AVQLMConfig.windows_per_prompt must be at least 1 without a connectome_config: "
+                "prompts would hold nothing of the scan."
+            )
         first, second = self.fmri_offset, self.connectivity_offset
-        codes, more = self.avq_config.num_codes, self.avq_config.num_connectivity_codes
+        codes, more = self.avq_config.num_codes, self.num_connectivity_codes
         without_tokenizer = (first, second) == (0, 0)  # the default
         overlap = more and first < second + more and second < first + codes
         if overlap and not without_tokenizer:
@@ -96,6 +113,13 @@ class AVQLMConfig(PreTrainedConfig):
                 f"The blocks of codes overlap: {first}..{first + codes - 1} and "
                 f"{second}..{second + more - 1}. Take both offsets from the AVQTokenizer."
             )
+
+    @property
+    def num_connectivity_codes(self) -> int:
+        """Ids of the connectivity block: of the second stream, or those reserved for one."""
+        if self.connectome_config is None:
+            return self.avq_config.num_connectivity_codes
+        return self.connectome_config.num_codes
 
     @property
     def vocab_size(self) -> int:

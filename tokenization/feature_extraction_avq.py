@@ -9,6 +9,7 @@ from transformers import BatchFeature, FeatureExtractionMixin
 
 from .band_pass_avq import SHORTEST_SCAN, band_pass_filter
 from .columns_avq import Columns, checked_coordinates, checked_labels, match_columns
+from .connectivity_avq import scan_connectivity
 from .input_checks_avq import (
     as_series,
     check_magnitude,
@@ -312,6 +313,24 @@ class AVQFeatureExtractor(FeatureExtractionMixin):
         values = (series - mean) / np.where(region_mask, deviation, 1.0)
         warn_of_outliers(values, self.region_labels, where)
         return np.where(region_mask, values, 0.0).astype(np.float32), region_mask
+
+    def connectivity(
+        self,
+        x: Any,
+        region_labels: Sequence[str] | None = None,
+        region_coordinates: Any = None,
+        atlas: str | None = None,
+        where: str = "",
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Fisher-z connectivity of a whole scan; see `connectivity_avq.scan_connectivity`.
+
+        Returns
+        -------
+        matrix : ndarray float32 (regions, regions)
+        region_mask : ndarray bool (regions,)
+        """
+        found = Columns(atlas, region_labels, region_coordinates)
+        return scan_connectivity(x, self._columns, self.num_regions, found, where)
 
     def _checked_scan(
         self, x: Any, tr: float | None, columns: Columns, resample: bool, where: str

@@ -14,11 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cortexicon.inference.predict import answer_probabilities, encode_prompts, read_numbers
+from cortexicon.inference import load_connectome
+from cortexicon.inference.predict import (
+    answer_probabilities,
+    connectivity_codes,
+    encode_prompts,
+    read_numbers,
+)
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
-from cortexicon.tokenization import AVQProcessor
+from cortexicon.tokenization import AVQProcessor, AVQTokenizer
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import (
@@ -44,6 +50,7 @@ class LMArguments:
     avq: str
     text_model: str
     targets: list
+    connectome: str = ""
     fold: int = 0
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
@@ -101,11 +108,13 @@ def validate(
     model.eval()
     scores = {}
     scans, prompts = validation.codes.shape[:2]
-    flat = validation.codes.reshape(-1, *validation.codes.shape[2:])
+    flat, connectivity = validation.flat
     for target in targets:
         truth = participants.loc[validation.subject_ids, target["name"]]
         known = truth.notna().to_numpy()
-        probabilities, _ = answer_probabilities(model, processor, flat, target, batch_size)
+        probabilities, _ = answer_probabilities(
+            model, processor, flat, target, batch_size, connectivity
+        )
         pooled = probabilities.reshape(scans, prompts, -1).mean(1)[known]
         if target["kind"] == "number":
             for readout in ("expectation", "mode"):
@@ -128,9 +137,22 @@ def validate(
 def build_model(
     arguments: LMArguments, targets
 ) -> tuple[AVQLMForConditionalGeneration, AVQProcessor]:
-    """Codec and language model in one, and the processor of both."""
+    """Codecs and language model in one, and the processor of all."""
     codec = AVQModel.from_pretrained(arguments.avq)
     processor = AVQProcessor.from_pretrained(arguments.avq)
+    connectome = None
+    if arguments.connectome:
+        connectome = load_connectome(arguments.connectome)
+        processor = AVQProcessor(
+            processor.feature_extractor,
+            AVQTokenizer.from_text_tokenizer(
+                AutoTokenizer.from_pretrained(arguments.text_model),
+                codec.config.num_codes,
+                connectome.config.num_codes,
+            ),
+            codec.config.tokens_per_window if arguments.windows_per_prompt else None,
+            connectome.config.num_tokens,
+        )
     language_model = AutoModelForCausalLM.from_pretrained(arguments.text_model, dtype=torch.float32)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if arguments.dropout and name in language_model.config.to_dict():
@@ -139,11 +161,13 @@ def build_model(
         codec,
         language_model,
         processor.tokenizer,
+        connectome,
         windows_per_prompt=arguments.windows_per_prompt,
         prompts_per_scan=arguments.prompts_per_scan,
         targets=targets,
     )
     needed = arguments.windows_per_prompt * (codec.config.tokens_per_window + 1) + 64
+    needed += 0 if connectome is None else connectome.config.num_tokens + 2
     available = getattr(language_model.config, "max_position_embeddings", needed)
     if needed > available:
         raise TrainingError(
@@ -169,6 +193,10 @@ def train(arguments: LMArguments, run: Run) -> int:
     cohort, split, parts = load_fold(arguments)
     if not arguments.targets:
         raise TrainingError("targets is empty: name at least one column to answer.")
+    if not arguments.windows_per_prompt and not arguments.connectome:
+        raise TrainingError(
+            "windows_per_prompt is 0 and no connectome is named: prompts would hold no scan."
+        )
     if not (Path(arguments.avq) / "model.safetensors").is_file():
         raise TrainingError(
             f"{arguments.avq} holds no trained codec. Train it first: cortexicon train avq CONFIG."
@@ -177,13 +205,21 @@ def train(arguments: LMArguments, run: Run) -> int:
     used = people.loc[parts["train"] + parts["validation"]]
     targets = checked_targets(arguments.targets, used)
     model, processor = build_model(arguments, targets)
-    extractor, codec = processor.feature_extractor, model.avq.to(accelerator.device)
+    extractor, codec = processor.feature_extractor, model.to(accelerator.device).avq
 
     # Every code that training will need, computed once.
     scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
-    windows = encode_windows(codec, scans, arguments.window_stride, quiet=not main_process)
+    windows = EncodedWindows(np.zeros((0, 0), np.int64), [np.zeros(0, np.int64)] * len(scans))
+    if arguments.windows_per_prompt:
+        windows = encode_windows(codec, scans, arguments.window_stride, quiet=not main_process)
+    matrices = None
+    if model.connectome is not None:
+        matrices = [
+            connectivity_codes(model, extractor, cohort.series(subject))
+            for subject in tqdm(scans.subject_ids, "encode connectivity", disable=not main_process)
+        ]
     validation = encode_prompts(
-        codec,
+        model,
         extractor,
         cohort,
         parts["validation"],
@@ -197,17 +233,15 @@ def train(arguments: LMArguments, run: Run) -> int:
         parameter for parameter in model.language_model.parameters() if parameter.requires_grad
     ]
     embedding = model.get_input_embeddings().weight
+    blocks = [model.block("fmri")] + ([] if matrices is None else [model.block("fc")])
     if not arguments.train_code_rows:
         # The rows of codes stay P(codebook): most codes are too rare to learn a row from a few
         # hundred scans.
-        first_code, last_code = (
-            model.config.fmri_offset,
-            model.config.fmri_offset + codec.config.num_codes,
-        )
 
         def keep_code_rows(gradient):
             gradient = gradient.clone()
-            gradient[first_code:last_code] = 0
+            for first, count in blocks:
+                gradient[first : first + count] = 0
             return gradient
 
         embedding.register_hook(keep_code_rows)
@@ -265,13 +299,14 @@ def train(arguments: LMArguments, run: Run) -> int:
             accelerator.process_index * arguments.batch_size,
             (accelerator.process_index + 1) * arguments.batch_size,
         )
-        batch = rows.batch(codes[mine], answers[mine])
+        more = None if matrices is None else [matrices[scan] for scan in chosen[mine]]
+        batch = rows.batch(codes[mine], answers[mine], more)
         batch["scan"] = chosen[mine]
         # Some codes are hidden, so that no single code can be learned by heart as somebody's.
         ids = batch["input_ids"]
-        is_code = (ids >= raw_model.config.fmri_offset) & (
-            ids < raw_model.config.fmri_offset + codec.config.num_codes
-        )
+        is_code = torch.zeros_like(ids, dtype=torch.bool)
+        for first, count in blocks:
+            is_code |= (ids >= first) & (ids < first + count)
         hidden = torch.from_numpy(rng.random(ids.shape)) < arguments.token_dropout
         batch["input_ids"] = ids.masked_fill(is_code & hidden, placeholder)
         return batch

@@ -103,13 +103,20 @@ class RowBuilder:
     def _answer_ids(self, answer: str) -> list[int]:
         return self.processor.answer_ids(answer)
 
-    def batch(self, codes: list[np.ndarray], answers: list[list[Answer]]) -> dict[str, Any]:
+    def batch(
+        self,
+        codes: list[np.ndarray],
+        answers: list[list[Answer]],
+        connectivity: list[np.ndarray] | None = None,
+    ) -> dict[str, Any]:
         """Inputs of one training step.
 
         Parameters
         ----------
         codes : list of int64 arrays (windows, tokens), one per row
+            0 windows: the row holds connectivity alone.
         answers : list of lists of Answer, one list per row
+        connectivity : list of int64 arrays (tokens,), one per row, optional
 
         Returns
         -------
@@ -120,8 +127,8 @@ class RowBuilder:
         """
         rows, places, labels = [], [], []
         for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
-            ids = self.processor.prompt_ids(windows, "")
-            ids = ids[: len(ids) - len(self._text(self.processor.prompt_template("")))]
+            more = None if connectivity is None else connectivity[row]
+            ids = self.processor.scan_ids(windows if len(windows) else None, more)
             scan = len(ids)
             positions, segments = list(range(scan)), [0] * scan
             for segment, answer in enumerate(asked, start=1):

@@ -10,7 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cortexicon.modeling import AVQConfig, AVQLMForConditionalGeneration, AVQModel
+from cortexicon.modeling import (
+    AVQConfig,
+    AVQConnectomeConfig,
+    AVQConnectomeModel,
+    AVQLMForConditionalGeneration,
+    AVQModel,
+)
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
 REGIONS, WINDOW, PATCH, CODES, TEXT_WIDTH = 10, 20, 10, 32, 24
@@ -115,14 +121,54 @@ def make_lm(text_tokenizer: PreTrainedTokenizerFast):
 
 
 @pytest.fixture
-def make_avq_lm(make_codec, make_lm, tokenizer: AVQTokenizer):
-    """`make_avq_lm(**fields of AVQLMConfig)`: codec and GPT-2 joined, in evaluation mode."""
+def make_connectome():
+    """`make_connectome(table)`: a tiny connectivity stream, started, in the text space of `table`.
 
-    def make(tie: bool = True, **fields: object) -> AVQLMForConditionalGeneration:
+    Three tokens a scan, as many codes as the tokenizer holds.
+    """
+
+    def make(table: torch.Tensor | None = None, **fields: object) -> AVQConnectomeModel:
+        torch.manual_seed(2)
+        values = {
+            "num_tokens": 3,
+            "num_codes": SIZES["num_connectivity_codes"],
+            "code_dim": 4,
+            "num_maps": REGIONS,
+            "num_coordinates": 55,
+            "position_features": 64,
+            "position_wavelength": 60.0,
+            "text_width": TEXT_WIDTH,
+            "projection_hidden_size": 8,
+            "classifier_hidden_size": 8,
+            "atlas": "toy",
+            "region_labels": SIZES["region_labels"],
+            "region_coordinates": COORDINATES,
+        }
+        model = AVQConnectomeModel(AVQConnectomeConfig(**{**values, **fields})).eval()
+        if table is not None:
+            model.set_text_space(table, "tiny")
+        people = torch.randn(60, REGIONS, REGIONS, generator=torch.Generator().manual_seed(3))
+        dealt = model.start_components(0.2 * (people + people.transpose(1, 2)), shrinkage=0.1)
+        model.start_codebook(dealt, iterations=4, draws=400)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def make_avq_lm(make_codec, make_connectome, make_lm, tokenizer: AVQTokenizer):
+    """`make_avq_lm(**fields of AVQLMConfig)`: codec and GPT-2 joined, in evaluation mode.
+
+    With `streams=2` the connectivity stream beside the dynamics.
+    """
+
+    def make(tie: bool = True, streams: int = 1, **fields: object) -> AVQLMForConditionalGeneration:
         lm, avq = make_lm(tie_word_embeddings=tie), make_codec()
-        avq.set_text_space(lm.get_input_embeddings().weight, "tiny")
+        table = lm.get_input_embeddings().weight
+        avq.set_text_space(table, "tiny")
+        connectome = make_connectome(table) if streams == 2 else None
         join = AVQLMForConditionalGeneration.from_avq_and_lm
-        return join(avq, lm, tokenizer, **fields).eval()
+        return join(avq, lm, tokenizer, connectome, **fields).eval()
 
     return make
 
@@ -137,6 +183,17 @@ def processor(tokenizer: AVQTokenizer) -> AVQProcessor:
         region_coordinates=COORDINATES,
     )
     return AVQProcessor(extractor, tokenizer, tokens_per_window=WINDOW // PATCH * 3)
+
+
+@pytest.fixture
+def two_streams(processor: AVQProcessor) -> AVQProcessor:
+    """A processor whose prompts hold windows and connectivity."""
+    return AVQProcessor(
+        processor.feature_extractor,
+        processor.tokenizer,
+        tokens_per_window=processor.tokens_per_window,
+        connectivity_tokens=3,
+    )
 
 
 @pytest.fixture

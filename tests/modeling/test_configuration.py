@@ -99,8 +99,8 @@ def parts(sizes):
     ("fields", "message"),
     [
         ({"fmri_input": "code"}, "'codes' or 'features', found 'code'"),
-        ({"windows_per_prompt": 0}, "windows_per_prompt must be an integer >= 1, found 0"),
-        ({"windows_per_prompt": 1.5}, "windows_per_prompt must be an integer >= 1, found 1.5"),
+        ({"windows_per_prompt": 0}, "windows_per_prompt must be at least 1 without a connectome"),
+        ({"windows_per_prompt": 1.5}, "windows_per_prompt must be an integer >= 0, found 1.5"),
         ({"prompts_per_scan": -2}, "prompts_per_scan must be an integer >= 1, found -2"),
         ({"fmri_offset": -1}, "fmri_offset must be an integer >= 0, found -1"),
         ({"bof_token_id": None}, "bof_token_id must be an integer >= 0, found None"),

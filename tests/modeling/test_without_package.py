@@ -69,7 +69,10 @@ def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_
         "outputs_avq",
     }
     needed |= {"quantization_avq", "inputs_avq"}
-    needed |= {"configuration_avq_lm", "modeling_avq_lm"} if name == "lm" else set()
+    if name == "lm":
+        stream = ("configuration", "components", "outputs", "modeling")
+        needed |= {f"{part}_avq_connectome" for part in stream}
+        needed |= {"configuration_avq_lm", "modeling_avq_lm"}
     assert shipped == {f"{stem}.py" for stem in needed}
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
         "AutoConfig",
@@ -93,12 +96,12 @@ def test_a_codec_loads_without_the_package(codec, windows, tmp_path, run_without
 
 
 def test_a_language_model_loads_without_the_package(
-    make_avq_lm, processor, scan, tmp_path, run_without_package
+    make_avq_lm, two_streams, scan, tmp_path, run_without_package
 ):
-    model = make_avq_lm()
+    model = make_avq_lm(streams=2)
     model.save_pretrained(tmp_path / "lm")
-    processor.save_pretrained(tmp_path / "lm")
-    inputs = processor(text="How old?", fmri=scan, tr=2.0)
+    two_streams.save_pretrained(tmp_path / "lm")
+    inputs = two_streams(text="How old?", fmri=scan, tr=2.0)
     sequence = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=None)
     save(tmp_path / "expected.safetensors", scan=torch.tensor(scan), sequence=sequence)
     found = run_without_package(

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from cortexicon.cohorts import make_split, save_cohort, simulate_cohort
-from cortexicon.training import avq, lm, text
+from cortexicon.training import avq, connectome, lm, text
 
 TARGETS = [
     {"name": "age", "kind": "number", "minimum": 15, "maximum": 85, "question": "Age?"},
@@ -109,3 +109,37 @@ def run(tmp_path_factory) -> Path:
     ):
         assert script.main([write_yaml(folder / f"{name}.yaml", values)]) == 0
     return folder
+
+
+def connectome_values(folder: Path) -> dict:
+    """A connectivity stream of four tokens in the text space of the tiny GPT-2."""
+    return {
+        "stream": "connectivity",
+        "output": str(folder / "connectome"),
+        "cohort": str(folder / "cohort"),
+        "split": str(folder / "split.json"),
+        "text_model": str(folder / "text"),
+        "model": {
+            "num_tokens": 4,
+            "num_codes": 16,
+            "code_dim": 4,
+            "num_maps": 28,
+            "num_coordinates": 100,
+            "position_features": 64,
+            "projection_hidden_size": 8,
+            "classifier_hidden_size": 8,
+        },
+        "kmeans_iterations": 3,
+        "kmeans_draws": 400,
+        "cpu": True,
+    }
+
+
+@pytest.fixture(scope="session")
+def two_stream_run(run: Path) -> Path:
+    """`run` with connectome/ beside it, and lm2/, which reads both streams."""
+    values = connectome_values(run)
+    assert connectome.main([write_yaml(run / "connectome.yaml", values)]) == 0
+    values = {**lm_values(run), "output": str(run / "lm2"), "connectome": str(run / "connectome")}
+    assert lm.main([write_yaml(run / "lm2.yaml", values)]) == 0
+    return run

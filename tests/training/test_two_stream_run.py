@@ -1,0 +1,84 @@
+"""`train lm` with the connectivity stream: rows, prompts, predictions, and connectivity alone."""
+
+import numpy as np
+import pytest
+import torch
+
+from cortexicon.cohorts import load_cohort, load_split
+from cortexicon.inference import cohort_matrices, encode_matrices, load_connectome
+from cortexicon.inference.predict import encode_prompts, predict_cohort, prompt_rows
+from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
+from cortexicon.tokenization import AVQProcessor
+from cortexicon.training import TrainingError, lm
+
+from .conftest import lm_values, write_yaml
+
+
+@pytest.fixture(scope="module")
+def subjects(two_stream_run):
+    return load_split(two_stream_run / "split.json")[0]["test"][:3]
+
+
+def test_the_rows_of_both_streams_stay_where_the_codecs_put_them(two_stream_run):
+    model = AVQLMForConditionalGeneration.from_pretrained(two_stream_run / "lm2")
+    table = model.get_input_embeddings().weight
+    for codec, stream in (
+        (AVQModel.from_pretrained(two_stream_run / "avq"), "fmri"),
+        (load_connectome(two_stream_run / "connectome"), "fc"),
+    ):
+        first, count = model.block(stream)
+        assert torch.equal(table[first : first + count], codec.project_codebook())
+
+
+def test_prompts_hold_the_codes_of_the_whole_scan(two_stream_run, subjects):
+    model = AVQLMForConditionalGeneration.from_pretrained(two_stream_run / "lm2").eval()
+    processor = AVQProcessor.from_pretrained(two_stream_run / "lm2")
+    cohort = load_cohort(two_stream_run / "cohort")
+    found = encode_prompts(model, processor.feature_extractor, cohort, subjects, 2, 2, quiet=True)
+    codec = load_connectome(two_stream_run / "connectome")
+    wanted = encode_matrices(codec, cohort_matrices(cohort, subjects), cohort.coordinates)
+    np.testing.assert_array_equal(found.connectivity, wanted)
+    codes, connectivity = found.flat
+    np.testing.assert_array_equal(connectivity, np.repeat(wanted, 2, axis=0))
+    rows = prompt_rows(processor, codes, connectivity, "Age?")
+    assert len({len(row) for row in rows}) == 1
+    # The same prompt as the processor makes of the scan itself.
+    scan = cohort.series(subjects[0])
+    inputs = processor(
+        text="Age?", fmri=scan.values, tr=scan.tr, region_labels=scan.labels, window_starts=[0, 0]
+    )
+    assert inputs["input_ids"].shape[1] == len(rows[0])
+
+
+def test_predictions_are_made_from_both_streams(two_stream_run, subjects):
+    cohort = load_cohort(two_stream_run / "cohort")
+    table = predict_cohort(two_stream_run / "lm2", cohort, subjects, quiet=True)
+    assert len(table) == 2 * len(subjects)
+    assert table["free_answer_valid"].between(0, 1).all()
+
+
+def test_connectivity_alone(two_stream_run, subjects, tmp_path):
+    values = {
+        **lm_values(two_stream_run),
+        "output": str(tmp_path / "lm"),
+        "connectome": str(two_stream_run / "connectome"),
+        "windows_per_prompt": 0,
+        "max_steps": 2,
+        "eval_steps": 2,
+    }
+    assert lm.main([write_yaml(tmp_path / "lm.yaml", values)]) == 0
+    processor = AVQProcessor.from_pretrained(tmp_path / "lm")
+    assert processor.streams == ("fc",)
+    cohort = load_cohort(two_stream_run / "cohort")
+    table = predict_cohort(tmp_path / "lm", cohort, subjects, ["age"], quiet=True)
+    assert len(table) == len(subjects)
+    scan = cohort.series(subjects[0])
+    inputs = processor(text="Age?", fmri=scan.values, region_labels=scan.labels)
+    model = AVQLMForConditionalGeneration.from_pretrained(tmp_path / "lm")
+    assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+def test_prompts_of_nothing_are_refused(two_stream_run, tmp_path):
+    values = {**lm_values(two_stream_run), "output": str(tmp_path / "lm"), "windows_per_prompt": 0}
+    with pytest.raises(TrainingError, match=r"windows_per_prompt is 0.*connectome"):
+        lm.main([write_yaml(tmp_path / "lm.yaml", values)])
