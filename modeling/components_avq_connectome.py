@@ -30,8 +30,13 @@ class MatrixComponents(nn.Module):
         count, self.ridge = config.num_maps, float(config.position_ridge)
         self.count = count
         self.maps = RegionMaps(config.position_features, config.position_wavelength, count)
-        self.analysis = nn.Linear(config.num_coordinates, config.num_components, bias=False)
-        self.synthesis = nn.Linear(config.num_components, config.num_coordinates, bias=False)
+        # The same on the way in and out: they are orthogonal, and half as much to store.
+        self.axes = nn.Parameter(torch.zeros(config.num_components, config.num_coordinates))
+        # Orthonormal directions in which coordinates are made louder before they are coded.
+        self.register_buffer(
+            "directions", torch.zeros(config.num_coordinates, config.num_directions)
+        )
+        self.emphasis = float(config.emphasis)
         # Number row * num_maps + column of the pairs of maps that are kept.
         self.register_buffer("kept", torch.zeros(config.num_coordinates, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros(count, count))  # of people, between maps
@@ -62,16 +67,22 @@ class MatrixComponents(nn.Module):
             found = 0.5 * (found + found.transpose(1, 2))  # to the last bit
             return found * (1 - torch.eye(found.shape[1], device=found.device))
 
+    def louder(self, values, factor):
+        """Coordinates (batch, kept), those along `directions` times `factor`."""
+        return values + (factor - 1.0) * (values @ self.directions) @ self.directions.T
+
     def forward(self, deviations, coordinates, region_mask):
         """Components (batch, components) of deviations (batch, regions, regions)."""
         with exactly(deviations):
             readers = self.readers(coordinates, region_mask)
-            return self.analysis(self.read(deviations, readers, self.kept))
+            values = self.read(deviations, readers, self.kept)
+            return self.louder(values, self.emphasis) @ self.axes.T
 
     def inverse(self, components, coordinates):
         """Deviations (batch, regions, regions) at any coordinates."""
         with exactly(components):
-            values = self.synthesis(components) * self.scales(self.kept)
+            values = self.louder(components @ self.axes, 1.0 / self.emphasis)
+            values = values * self.scales(self.kept)
             half = values.new_zeros(len(values), self.count**2)
             half = half.index_add(1, self.kept, values).unflatten(1, (self.count, self.count))
             return self.at(half + half.transpose(1, 2), coordinates)
@@ -81,8 +92,10 @@ class MatrixComponents(nn.Module):
         return self.at(self.mean[None], coordinates)
 
     @torch.no_grad()
-    def start(self, matrices, present, coordinates, more, more_present, shrinkage, bits, deal):
-        """Take maps, pairs and components from training matrices; variances (components,).
+    def start(
+        self, matrices, present, coordinates, more, more_present, patterns, shrinkage, bits, deal
+    ):
+        """Take maps, pairs and components from training matrices; components (scans, components).
 
         Arguments as `AVQConnectomeModel.start_components`; `present` (scans, regions, regions).
         """
@@ -116,9 +129,15 @@ class MatrixComponents(nn.Module):
         self.kept.copy_(pairs[chosen])
         # What other scans add is the shape of the covariance, not how much people differ.
         ratio = float(own.square().sum(1).mean() / variances.sum().clamp(min=1e-30))
+        self.directions.zero_()
+        if patterns is not None:
+            wanted = self.read(patterns, readers, self.kept)
+            wanted = F.normalize(wanted, dim=1).T.double()  # one weak pattern counts like a strong
+            self.directions[:, : wanted.shape[1]] = torch.linalg.qr(wanted)[0].float()
         found, variances = found[:, chosen], variances[chosen]
-        covariance = (1 - shrinkage) * ratio * (found.T @ found / len(found)).double()
-        covariance.diagonal().add_(shrinkage * ratio * variances.double())
+        covariance = (1 - shrinkage) * ratio * (found.T @ found / len(found))
+        covariance.diagonal().add_(shrinkage * ratio * variances)
+        covariance = self.louder(self.louder(covariance, self.emphasis).T, self.emphasis).double()
         spread, axes = (part.flip(-1) for part in torch.linalg.eigh(covariance))
         spread = spread.clamp(min=1e-12 * float(spread[0]))
         active = int((spread > rate_level(spread, bits)).sum())
@@ -127,11 +146,9 @@ class MatrixComponents(nn.Module):
         # Components below the water level are left out: their place is empty.
         deal.chosen.copy_(torch.where(dealt == active, deal.components, dealt))
         axes = axes[:, :active].float()
-        self.analysis.weight.zero_()
-        self.synthesis.weight.zero_()
-        self.analysis.weight[:active] = axes.T
-        self.synthesis.weight[:, :active] = axes
-        components = F.linear(own[:, chosen], self.analysis.weight)
+        self.axes.zero_()
+        self.axes[:active] = axes.T
+        components = self.louder(own[:, chosen], self.emphasis) @ self.axes.T
         # Shrinkage says that the axes' variances are too large as measured on those who made them.
         measured = components[:, :active].square().mean(0).clamp(min=1e-20)
         components[:, :active] *= (spread[:active] / measured).sqrt().float()

@@ -25,6 +25,11 @@ class AVQConnectomeConfig(PreTrainedConfig):
         Maps over the brain that stand on both sides of a matrix.
     num_coordinates : int
         Pairs of maps that are kept, those of the largest variance.
+    num_directions : int
+        Room for patterns of connections that are coded more finely than they vary, such as those
+        that tell age: `AVQConnectomeModel.start_components`.
+    emphasis : float
+        How many times as loud they are made before they are coded.
     position_features : int
         Random Fourier features that maps are linear in.
     position_wavelength : float
@@ -63,7 +68,9 @@ class AVQConnectomeConfig(PreTrainedConfig):
     code_anchor: float | int = 4.0
     # the linear path
     num_maps: int = 200
-    num_coordinates: int = 2500
+    num_coordinates: int = 1500
+    num_directions: int = 8
+    emphasis: float | int = 7.0
     position_features: int = 256
     position_wavelength: float | int = 100.0
     position_ridge: float | int = 1e-3
@@ -98,6 +105,7 @@ class AVQConnectomeConfig(PreTrainedConfig):
             "num_codes",
             "num_maps",
             "num_coordinates",
+            "num_directions",
             "position_features",
             "revival_interval",
             "text_width",
@@ -116,6 +124,7 @@ class AVQConnectomeConfig(PreTrainedConfig):
             "revival_threshold",
         ):
             self._check_number(name, 0.0, math.inf)
+        self._check_number("emphasis", 1.0, 1e3)
         self._check_number("code_anchor", 0.1, 1e3)
         self._check_number("position_wavelength", 1.0, 1e4)
         self._check_number("position_ridge", 1e-6, 1.0)
@@ -125,6 +134,11 @@ class AVQConnectomeConfig(PreTrainedConfig):
             raise ConfigurationError(
                 f"AVQConnectomeConfig.num_coordinates ({self.num_coordinates}) must not exceed the "
                 f"{pairs} pairs of num_maps = {self.num_maps}. Set it to {pairs} or less."
+            )
+        if self.num_directions > self.num_coordinates:
+            raise ConfigurationError(
+                f"AVQConnectomeConfig.num_directions ({self.num_directions}) must not exceed "
+                f"num_coordinates ({self.num_coordinates})."
             )
         if self.code_gradient not in ("straight_through", "rotation"):
             raise ConfigurationError(

@@ -33,6 +33,8 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
       so codes of one parcellation decode into another;
     * what is coded is the deviation from the training mean, in its principal components, with the
       covariance shrunk towards its diagonal, for there are fewer people than components;
+    * patterns that tell age, sex, ... are made louder before, and quieter after the codes: three
+      directions of thousands, so that hearing them better costs other connections next to nothing;
     * components are dealt out to tokens so that each needs the same bits (reverse water-filling);
       those below the water level are left out;
     * one codebook for all tokens, by k-means on vectors with signs drawn anew at every pass;
@@ -53,8 +55,8 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         "quantizer.code_sum",
         "quantizer.code_count",
         "components.maps",
-        "components.analysis",
-        "components.synthesis",
+        "components.axes",
+        "components.directions",
         "components.mean",
         "anchor",
         "read_code",
@@ -90,6 +92,8 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         if isinstance(module, MatrixComponents):
             init.copy_(module.kept, torch.arange(len(module.kept)))
             init.zeros_(module.mean)
+            init.zeros_(module.directions)
+            init.normal_(module.axes, std=len(module.kept) ** -0.5)
         elif module is self:
             init.ones_(self.anchor)
 
@@ -123,7 +127,10 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         latents = self._encode(values, where, present, self._mean(mean, where))
         output = self.quantizer(latents, update=False)
         return AVQConnectomeEncoderOutput(
-            codes=output.codes, quantized=output.quantized, text_embeds=self._project(output)
+            codes=output.codes,
+            quantized=output.quantized,
+            text_embeds=self._project(output),
+            latents=F.normalize(latents.float(), dim=-1),
         )
 
     def decode(self, codes, region_coordinates=None, mean=None) -> AVQConnectomeDecoderOutput:
@@ -212,6 +219,7 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         region_mask=None,
         more_matrices=None,
         more_region_mask=None,
+        patterns=None,
         shrinkage: float = 0.1,
     ) -> torch.Tensor:
         """Start maps, components and tokens in closed form from training people.
@@ -225,6 +233,9 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         more_matrices : float32, shape (scans, regions, regions), optional
             Scans that serve the covariance alone, such as noisier ones; `more_region_mask` as
             `region_mask`.
+        patterns : float32, shape (patterns, regions, regions), optional
+            Symmetric weights of connections whose sum has to come through well, at most
+            `num_directions` of them: errors of it count `emphasis` squared times.
         shrinkage : float
             Share of the covariance that goes to its diagonal.
 
@@ -239,12 +250,15 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
             more, _, more_present = self._prepare(
                 more_matrices, region_coordinates, more_region_mask
             )
+        if patterns is not None:
+            patterns = self._checked_patterns(patterns, matrices.shape[1])
         components = self.components.start(
             values,
             present,
             coordinates[0],
             more,
             more_present,
+            patterns,
             shrinkage,
             bits_of(self.config),
             self.deal,
@@ -304,6 +318,20 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
     def _coordinates(self, coordinates, regions):
         coordinates = checked_coordinates(coordinates, self.config, regions)
         return coordinates.to(self.projection.text_mean)
+
+    def _checked_patterns(self, patterns, regions):
+        room = self.config.num_directions
+        shape = tuple(patterns.shape)
+        if shape[1:] != (regions, regions) or not 0 < shape[0] <= room:
+            raise ConfigurationError(
+                f"patterns must have shape (1 to num_directions = {room}, {regions}, {regions}), "
+                f"found {shape}."
+            )
+        patterns = patterns.to(self.projection.text_mean)
+        energy = patterns.square().sum((1, 2))
+        if not bool((torch.isfinite(energy) & (energy > 0)).all()):
+            raise ConfigurationError("patterns must be finite, and none of them 0 everywhere.")
+        return patterns
 
     def _mean(self, mean, coordinates):
         """The people's mean, (batch or 1, regions, regions): the one given, else that of maps."""

@@ -15,11 +15,14 @@ class AVQConnectomeEncoderOutput(ModelOutput):
         The unit-norm codes.
     text_embeds : float32, shape (batch, tokens, text_width)
         P(code): what the decoder reads, and where the language model's row of the code starts.
+    latents : float32, shape (batch, tokens, code_dim)
+        What was quantised, of unit norm.
     """
 
     codes: torch.LongTensor | None = None
     quantized: torch.FloatTensor | None = None
     text_embeds: torch.FloatTensor | None = None
+    latents: torch.FloatTensor | None = None
 
 
 @dataclass

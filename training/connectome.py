@@ -27,6 +27,7 @@ from .arguments import TrainingError, load_arguments
 from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
 from .collators import TextDomain, draw_scans, load_fold
 from .faults import written_whole
+from .patterns import ridge_patterns, target_columns
 
 
 @dataclass
@@ -41,6 +42,8 @@ class ConnectomeArguments:
     fold: int = 0
     model: dict = field(default_factory=dict)
     shrinkage: float = 0.1
+    targets: list = field(default_factory=list)
+    target_penalty: float = 1.0
     more_scans: bool = True
     fit_validation: bool = True
     kmeans_iterations: int = 14
@@ -84,11 +87,16 @@ def further_scans(cohort: Cohort, parts: dict[str, list[str]], fitted: list[str]
 
 
 @torch.no_grad()
-def evaluate(model: AVQConnectomeModel, scans: Matrices, batch_size: int) -> dict[str, float]:
-    """Median over scans of the correlation with the decoded matrix, and of deviations; usage."""
+def evaluate(
+    model: AVQConnectomeModel, scans: Matrices, batch_size: int, centre: torch.Tensor
+) -> dict[str, float]:
+    """Median over scans of the correlation with the decoded matrix, and of deviations; usage.
+
+    `centre` (regions, regions) is what both deviate from. NOTE: not the model's own mean, which
+    steps move: far enough away, everything deviates from it alike.
+    """
     training = model.training
     model.eval()
-    centre = model.components.mean_at(model._coordinates(None, None))[0].cpu()
     upper = tuple(torch.triu_indices(len(centre), len(centre), 1))
     used = torch.zeros(model.config.num_codes, dtype=torch.bool)
     raw, decoded = [], []
@@ -147,6 +155,13 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
     training, validation = matrices_of(fitted), matrices_of(list(parts["validation"]))
     more = further_scans(cohort, parts, fitted) if arguments.more_scans else []
 
+    told = target_columns(cohort.participants.loc[fitted], arguments.targets)
+    if len(told) > model.config.num_directions:
+        raise TrainingError(
+            f"targets: expected at most num_directions = {model.config.num_directions} patterns, "
+            f"found {len(told)}: {', '.join(name for name, _ in told)}. Raise num_directions."
+        )
+
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
@@ -156,6 +171,7 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_scans": len(fitted),
         "more_scans": len(more),
+        "patterns": [name for name, _ in told],
         "tokens": model.config.num_tokens,
         "text_table": model.config.text_table_sha256,
         "processes": 1,
@@ -168,16 +184,19 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         region_mask=training.region_mask,
         more_matrices=extra.matrices,
         more_region_mask=extra.region_mask,
+        patterns=patterns_of(training, told, arguments.target_penalty),
         shrinkage=arguments.shrinkage,
     )
     model.start_codebook(
         dealt, arguments.kmeans_iterations, arguments.kmeans_draws, seed=arguments.seed
     )
     del dealt, extra
-    final = evaluate(model, validation, arguments.batch_size)
+    centre = model.components.mean_at(model._coordinates(None, None))[0].clone()
+    final = evaluate(model, validation, arguments.batch_size, centre)
     log.write(0, **final)
     if arguments.steps:
-        final = refine(arguments, run, model, optimizer, training, validation, text_domain, log)
+        sides = training, validation, centre
+        final = refine(arguments, run, model, optimizer, sides, text_domain, log)
     model.cpu().eval()
     with written_whole(run.output) as folder:
         model.save_pretrained(folder)
@@ -191,6 +210,21 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         f"({model.config.num_tokens} tokens a scan)"
     )
     return 0
+
+
+def patterns_of(
+    scans: Matrices, told: list[tuple[str, np.ndarray]], penalty: float
+) -> torch.Tensor | None:
+    """What `start_components` is to code finely, (patterns, regions, regions); None for nothing."""
+    if not told:
+        return None
+    regions = scans.matrices.shape[1]
+    upper = np.triu_indices(regions, 1)
+    there = (scans.region_mask[:, :, None] & scans.region_mask[:, None, :])[:, *upper]
+    rows = scans.matrices[:, *upper].masked_fill(~there, torch.nan).numpy()
+    square = np.zeros((len(told), regions, regions), np.float32)
+    square[:, *upper] = ridge_patterns(rows, told, penalty)
+    return torch.from_numpy(square + square.transpose(0, 2, 1))
 
 
 def text_side(folder: Path) -> tuple[TextDomain, torch.Tensor]:
@@ -233,19 +267,20 @@ def refine(
     run: Run,
     model: AVQConnectomeModel,
     optimizer: torch.optim.Optimizer,
-    training: Matrices,
-    validation: Matrices,
+    sides: tuple[Matrices, Matrices, torch.Tensor],
     text_domain: TextDomain | None,
     log: TrainingLog,
 ) -> dict[str, float]:
     """Gradient steps from the start; the model ends as what validation found best, scores too.
 
+    `sides` are training and validation scans, and what both are judged to deviate from.
+
     Without text the best has the highest `eval_deviation`. With it the last is kept, for alignment
     is what the steps are for, and validation does not see it.
     """
-    device = run.accelerator.device
+    device, (training, validation, centre) = run.accelerator.device, sides
     model.to(device).train()
-    best = evaluate(model, validation, arguments.batch_size)
+    best = evaluate(model, validation, arguments.batch_size, centre)
     kept = {key: value.clone() for key, value in model.state_dict().items()}
     log_every, names = arguments.log_steps, ("reconstruction_loss", "commitment_loss")
     for step in tqdm(range(arguments.steps), desc="train avq", mininterval=2.0):
@@ -277,7 +312,7 @@ def refine(
             }
             log.write(step + 1, loss=out.loss, **values)
         if (step + 1) % arguments.eval_steps == 0 or step + 1 == arguments.steps:
-            scores = evaluate(model, validation, arguments.batch_size)
+            scores = evaluate(model, validation, arguments.batch_size, centre)
             log.write(step + 1, **scores)
             if text_domain is not None or scores["eval_deviation"] > best["eval_deviation"]:
                 best = scores | {"best_step": float(step + 1)}

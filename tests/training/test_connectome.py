@@ -38,6 +38,7 @@ def folder(tmp_path_factory):
         "cohort": str(folder / "cohort"),
         "split": str(folder / "split.json"),
         "model": MODEL,
+        "targets": ["age", "sex"],
         "kmeans_iterations": 5,
         "kmeans_draws": 2000,
         "cpu": True,
@@ -54,6 +55,7 @@ def run(*argv):
 def test_the_run_leaves_a_checkpoint_and_its_facts(folder):
     facts = json.loads((folder / "codec" / "run.json").read_text())
     assert facts["training_scans"] == 35  # training and validation people of fold 0
+    assert facts["patterns"][0] == "age"
     assert facts["eval_correlation"] > facts["eval_deviation"] > 0.3
     model = load_connectome(folder / "codec")
     assert model.config.num_tokens == 6
@@ -95,6 +97,9 @@ def test_steps_are_kept_only_where_validation_is_better(folder, tmp_path, capsys
     argv = ["train", "avq", str(folder / "config.yaml"), "--set", "steps=4"]
     assert cli.main([*argv, f"output={tmp_path / 'x'}"]) == 2
     assert "fit_validation" in capsys.readouterr().err
+    argv = ["train", "avq", str(folder / "config.yaml"), "--set", f"output={tmp_path / 'y'}"]
+    assert cli.main([*argv, "targets=[age, sex]", "model.num_directions=1"]) == 2
+    assert "at most num_directions = 1" in capsys.readouterr().err
 
 
 def test_other_commands_refuse_what_they_cannot_read(folder, tmp_path, capsys):
