@@ -5,6 +5,7 @@
 # make ablations-report  their tables in evaluation/RESULTS.md
 # make bench   cost of the codec beside a plain transformer (CODEC= a checkpoint or a configuration)
 # make bench-data  extraction of regions beside nilearn; with COHORT= of `prepare` also reading windows
+# make test-browser  the page to try a checkpoint, in headless Chromium (make chromium installs it)
 # PYTHON=      the interpreter that creates .venv when there is none
 
 PYTHON ?= python3
@@ -40,7 +41,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 .DEFAULT_GOAL := help
 .PHONY: help
 help:
-	@sed -n '1,8p' Makefile | sed 's/^# //'
+	@sed -n '1,9p' Makefile | sed 's/^# //'
 
 install: $(STAMP)
 
@@ -98,6 +99,15 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow
+
+# The Space in headless Chromium. SCREENSHOT=docs/space.png keeps the picture of the page.
+.PHONY: chromium test-browser
+chromium:
+	@command -v chromium || { apt-get update -qq && apt-get install -y --no-install-recommends chromium; }
+
+test-browser: $(STAMP)
+	$(if $(SCREENSHOT),CORTEXICON_SCREENSHOT=$(abspath $(SCREENSHOT))) \
+		$(BIN)/python -m pytest -q -m browser tests/model_cards
 
 # mypy reads a folder of links: the rooms have their real names only inside `cortexicon`.
 lint: $(STAMP)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import __version__
+from cortexicon import __version__, _space
 from cortexicon._parser_data import add_data_commands
 
 
@@ -213,6 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("info", help="what a checkpoint folder holds")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
+
+    _space.add_parser(commands)
     return parser
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortexicon import _doctor, _fetch, _other_atlases, _prepare
+from cortexicon import _doctor, _fetch, _other_atlases, _prepare, _space
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -38,6 +38,8 @@ _EXTRA_OF = {
     "matplotlib": "train",
     "jinja2": "train",
     "yaml": "train",
+    "gradio": "demo",
+    "PIL": "demo",
 }
 
 
@@ -92,6 +94,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "speed": _speed,
         "report": _report,
         "info": _info,
+        "space": _space.run,
     }[command]
 
 

@@ -324,10 +324,10 @@ def _one_scan(
 def _without_folders(message: str, folder: Path) -> str:
     """A message about files of `folder` that names them as the visitor would."""
     for place in {str(folder), str(folder.resolve())}:
-        message = message.replace(place + "/scan", "The file ").replace(
-            place + "/atlas", "The label volume "
-        )
-    return message.replace(str(folder), "").strip()
+        for stem, words in (("scan", "The file"), ("atlas", "The label volume")):
+            message = re.sub(rf"{re.escape(place)}/{stem}[.\w]*", words, message)
+        message = message.replace(place, "")
+    return message.strip()
 
 
 def _heard_at(scan: ParcelSeries, checkpoint: Checkpoint, person: int) -> ParcelSeries:

@@ -220,7 +220,14 @@ def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
         inputs = [source, person, scan_file, label_file, tr, question]
         outputs = [kept, facts, answer, answer_picture, carpets, codes, brain]
         # Whoever opens the page sees what it does.
-        page.load(read, inputs, outputs, api_visibility="private", concurrency_id="model")
+        page.load(
+            read,
+            inputs,
+            outputs,
+            api_name="open",
+            api_visibility="private",
+            concurrency_id="model",
+        )
         source.change(show, source, [simulated, uploaded], api_visibility="private")
         read_button.click(read, inputs, outputs, api_name="read", concurrency_id="model")
         for event in (ask_button.click, question.submit):

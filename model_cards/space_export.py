@@ -1,11 +1,11 @@
 """A folder that is the Space: its app, the package, one checkpoint, and what they need.
 
-    FOLDER/app.py             serves checkpoint/
-    FOLDER/requirements.txt   the versions that ran here
-    FOLDER/README.md          the header by which a Space is configured, and what it is
-    FOLDER/cortexicon/        the package, rooms inside, as in a wheel
-    FOLDER/checkpoint/        weights, configuration, tokenizer, card, licence
-    FOLDER/atlas/             the label volume for visitors' NIfTI files, if one was given
+FOLDER/app.py             serves checkpoint/
+FOLDER/requirements.txt   the versions that ran here
+FOLDER/README.md          the header by which a Space is configured, and what it is
+FOLDER/cortexicon/        the package, rooms inside, as in a wheel
+FOLDER/checkpoint/        weights, configuration, tokenizer, card, licence
+FOLDER/atlas/             the label volume for visitors' NIfTI files, if one was given
 """
 
 import importlib

@@ -51,7 +51,7 @@ def as_tuple(text: str) -> tuple[int, ...]:
 
 
 def test_the_extra_named_for_a_missing_module_brings_it(pyproject):
-    distribution = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+    distribution = {"sklearn": "scikit-learn", "yaml": "pyyaml", "PIL": "pillow"}
     extras = pyproject["project"]["optional-dependencies"]
     for module, extra in cli._EXTRA_OF.items():
         names = {requirement_name(line) for line in extras[extra]}

@@ -22,6 +22,17 @@ def series() -> np.ndarray:
 @pytest.fixture
 def checkpoints(tmp_path):
     """Folders `avq` and `lm` in a new folder, each a whole checkpoint."""
+    return make_checkpoints(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def kept_checkpoints(tmp_path_factory):
+    """The same, for tests that change nothing in them."""
+    return make_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+def make_checkpoints(folder):
+    """Write `avq` and `lm` into a folder, and return it."""
     torch.manual_seed(0)
     labels = [f"R{i}" for i in range(REGIONS)]
     coordinates = np.random.default_rng(1).uniform(-60, 60, (REGIONS, 3)).tolist()
@@ -79,6 +90,6 @@ def checkpoints(tmp_path):
     extractor = AVQFeatureExtractor(window_length=WINDOW, patch_length=PATCH, **atlas)
     processor = AVQProcessor(extractor, tokenizer, tokens_per_window=codec.config.tokens_per_window)
     for name, saved in (("avq", codec), ("lm", model)):
-        saved.eval().save_pretrained(tmp_path / name)
-        processor.save_pretrained(tmp_path / name)
-    return tmp_path
+        saved.eval().save_pretrained(folder / name)
+        processor.save_pretrained(folder / name)
+    return folder
