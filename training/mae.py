@@ -279,7 +279,7 @@ def read_out(
     truth = people
     if arguments.control == "permuted_labels":
         truth = permuted_labels(people, subjects, arguments.seed)
-    for head, target in zip(model.heads, model.config.targets, strict=True):
+    for head, target in zip(model.heads, model.config.targets or [], strict=True):
         weight, bias = fit_head(rows, truth.loc[subjects, target["name"]], target, arguments.seed)
         with torch.no_grad():
             head.weight.copy_(weight)
