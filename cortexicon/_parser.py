@@ -35,6 +35,19 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     command.add_argument(
+        "--tiny",
+        action="store_true",
+        help="of `train vlm`: a tiny random model of the same classes",
+    )
+    for flag, control, what in (
+        ("--blank-image", "blank_image", "an image that shows nothing"),
+        ("--text-only", "text_only", "the question alone"),
+        ("--permuted-labels", "permuted_labels", "labels dealt out at random in training"),
+    ):
+        command.add_argument(
+            flag, dest="control", action="store_const", const=control, help=f"control: {what}"
+        )
+    command.add_argument(
         "--stream",
         choices=("dynamics", "connectivity"),
         default=None,

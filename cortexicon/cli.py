@@ -36,6 +36,7 @@ _EXTRA_OF = {
     "evaluate": "train",
     "sklearn": "train",
     "matplotlib": "train",
+    "PIL": "train",
     "jinja2": "train",
     "yaml": "train",
     "gradio": "demo",
@@ -160,9 +161,11 @@ def _train(arguments: argparse.Namespace) -> int:
         stream = read_config(arguments.config).get("stream")
     if name == "avq" and stream == "connectivity":
         name = "connectome"
-    script = importlib.import_module(f"cortexicon.training.{name}")
-    resume = ["resume=true"] if arguments.resume else []
-    return int(script.main([arguments.config, *arguments.overrides, *resume]))
+    script = importlib.import_module(f"cortexicon.training.{name.replace('-', '_')}")
+    flags = [f"{flag}=true" for flag in ("resume", "tiny") if getattr(arguments, flag)]
+    if arguments.control is not None:
+        flags.append(f"control={arguments.control}")
+    return int(script.main([arguments.config, *arguments.overrides, *flags]))
 
 
 def _ablate(arguments: argparse.Namespace) -> int:

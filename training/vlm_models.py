@@ -169,8 +169,8 @@ def load_base(arguments: Any) -> tuple[PreTrainedModel, Any]:
     if arguments.quantize == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise TrainingError(
-                "quantize: nf4 needs bitsandbytes: pip install 'cortexicon[qlora]', "
-                "or set quantize to no."
+                "quantize: nf4 needs bitsandbytes and a GPU: pip install bitsandbytes, or set "
+                "quantize to no."
             )
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
