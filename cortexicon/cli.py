@@ -40,7 +40,6 @@ _EXTRA_OF = {
     "jinja2": "train",
     "yaml": "train",
     "gradio": "demo",
-    "PIL": "demo",
 }
 
 
