@@ -89,8 +89,8 @@ class PlainTransformer(nn.Module):
         self.decoder = nn.ModuleList(AVQBlock(config) for _ in range(config.decoder_layers))
         self.to_patch = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.patch_length))
 
-    def _encode(self, values: torch.Tensor, coordinates: torch.Tensor):
-        """Series (batch, time, regions) to quantised tokens (batch, patches x regions, width)."""
+    def _latents(self, values: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """Code vectors (batch, patches x regions, code_dim) of series (batch, time, regions)."""
         batch, _, regions = values.shape
         patches = values.view(batch, -1, self.patch_length, regions).transpose(2, 3)
         # (batch, patches, regions, hidden)
@@ -98,16 +98,16 @@ class PlainTransformer(nn.Module):
         x = x.flatten(1, 2)
         for block in self.encoder:
             x = block(x, None)
-        return self.quantizer(self.to_code(x))
+        return self.to_code(x)
 
     def encode(self, values: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         """Codes int64 (batch, patches x regions) of series (batch, time, regions)."""
-        return self._encode(values, coordinates).codes
+        return self.quantizer.encode(self._latents(values, coordinates))
 
     def forward(self, values: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         """Loss of reconstructing series (batch, time, regions)."""
         batch, _, regions = values.shape
-        output = self._encode(values, coordinates)
+        output = self.quantizer(self._latents(values, coordinates))
         x = self.from_code(output.quantized)
         for block in self.decoder:
             x = block(x, None)
@@ -301,6 +301,8 @@ def build_system(name: str, config: AVQConfig, batch_size: int, device: str) -> 
     @torch.no_grad()
     def encode() -> Any:
         model.eval()
+        if name == CODEC:
+            return model.encode(values, coordinates, codes_only=True)
         return model.encode(values, coordinates)
 
     def train() -> float:

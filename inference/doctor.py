@@ -370,7 +370,8 @@ def reconstruct(checkpoint: Checkpoint, batch: Any) -> tuple[float, np.ndarray]:
     codec = checkpoint.codec
     places = batch["region_coordinates"].float()
     with evaluation_mode(codec):
-        codes = codec.encode(values, region_coordinates=places, region_mask=mask).codes
+        encoded = codec.encode(values, region_coordinates=places, region_mask=mask, codes_only=True)
+        codes = encoded.codes
         decoded = codec.decode(codes, places).reconstruction.float()
     usable = mask[:, None].expand_as(values)  # (windows, time, regions)
     error = (decoded - values)[usable].square().sum()

@@ -169,6 +169,7 @@ def encode_windows(model: AVQModel, scan: _Prepared, batch_size: int) -> np.ndar
                 region_coordinates=scan.coordinates.to(device),
                 region_mask=scan.region_mask[rows].to(device),
                 time_mask=scan.time_mask[rows].to(device),
+                codes_only=True,
             )
             parts.append(output.codes.cpu().numpy())
     return np.concatenate(parts)

@@ -223,8 +223,8 @@ def scan_windows(
     batch = torch.from_numpy(np.stack([values[s : s + length] for s in starts])).to(codec.device)
     masks = torch.from_numpy(mask).to(codec.device).expand(len(batch), -1)
     parts = [
-        codec.encode(batch[k : k + batch_size], region_mask=masks[k : k + batch_size]).codes
-        for k in range(0, len(batch), batch_size)
+        codec.encode(rows, region_mask=present, codes_only=True).codes
+        for rows, present in zip(batch.split(batch_size), masks.split(batch_size), strict=True)
     ]
     return torch.cat(parts).cpu().numpy().reshape(prompts, windows, -1)
 

@@ -10,7 +10,15 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .alignment_avq import TextSpace, tensor_sha256
-from .components_avq import ComponentStart, Correction, Deal, PatchComponents, RegionMaps, exactly
+from .components_avq import (
+    ComponentStart,
+    Correction,
+    Deal,
+    PatchComponents,
+    RegionMaps,
+    exactly,
+    multiply_shared,
+)
 from .configuration_avq import AVQConfig, ConfigurationError
 from .inputs_avq import checked_coordinates, whole_mask
 from .layers_avq import DomainClassifier, LatentTransformer, TextMoments, TextProjection
@@ -154,7 +162,12 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
     # ------------------------------------------------------------------ the two halves
 
     def encode(
-        self, input_values, region_coordinates=None, region_mask=None, time_mask=None
+        self,
+        input_values,
+        region_coordinates=None,
+        region_mask=None,
+        time_mask=None,
+        codes_only: bool = False,
     ) -> AVQEncoderOutput:
         """Codes of windows.
 
@@ -167,6 +180,8 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
             Default: those of the training atlas, when the number of regions agrees.
         region_mask : bool, shape (batch, regions), optional
         time_mask : bool, shape (batch, time), optional
+        codes_only : bool
+            Leave `quantized` and `text_embeds` out (None): P is not computed at all.
 
         Returns
         -------
@@ -181,6 +196,8 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
         self._check_started()
         inputs = self._prepare(input_values, region_coordinates, region_mask, time_mask)
         latents, token_mask = self._encode(*inputs)
+        if codes_only:
+            return AVQEncoderOutput(codes=self.quantizer.encode(latents), token_mask=token_mask)
         output = self.quantizer(latents, token_mask, update=False)
         return AVQEncoderOutput(
             codes=output.codes,
@@ -358,10 +375,11 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
         region_mask = whole_mask(region_mask, "region_mask", batch, regions, device)
         time_mask = whole_mask(time_mask, "time_mask", batch, time, device)
         present = time_mask[:, :, None] & region_mask[:, None, :]
-        # Filled, not multiplied: a masked NaN times 0 is NaN.
-        values = input_values.float().masked_fill(~present, 0.0)
-        bad = ~torch.isfinite(values).all(2).all(1)
-        if bool(bad.any()):
+        # Chosen, not multiplied: a masked NaN times 0 is NaN.
+        values = torch.where(present, input_values.float(), 0.0)
+        # The sum first, because it is quick; finite values can overflow it.
+        if not bool(torch.isfinite(values.sum())) and not bool(torch.isfinite(values).all()):
+            bad = ~torch.isfinite(values).flatten(1).all(1)
             raise ConfigurationError(
                 f"input_values hold NaN or infinite values in rows {bad.nonzero()[:, 0].tolist()} "
                 "of the batch. Mask those regions (region_mask) or leave those scans out."
@@ -381,8 +399,9 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
         if self.config.token_layout == "grid":
             ranked = self.ranks(self.deal.inverse(dealt))  # (batch, patches, ranks, maps)
             with exactly(ranked):
-                maps = self.token_maps(coordinates)[:, None]  # (batch or 1, 1, regions, maps)
-                dealt = maps @ ranked.transpose(2, 3)  # (batch, patches, regions, ranks)
+                maps = self.token_maps(coordinates).transpose(1, 2)  # (batch or 1, maps, regions)
+                turned = multiply_shared(ranked.flatten(1, 2), maps).unflatten(1, ranked.shape[1:3])
+                dealt = turned.transpose(2, 3)  # (batch, patches, regions, ranks)
             token_mask = patch_mask[:, :, None] & region_mask[:, None, :]
         anchor = torch.full_like(dealt[..., :1], self.config.code_anchor)
         return torch.cat([dealt, anchor], -1).flatten(1, 2), token_mask.flatten(1)

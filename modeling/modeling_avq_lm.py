@@ -190,7 +190,10 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         offset, _ = self.block(stream)
         if stream == "fc":
             return self.connectome.encode(values, region_coordinates, region_mask).codes + offset
-        return self.avq.encode(values, region_coordinates, region_mask, time_mask).codes + offset
+        encoded = self.avq.encode(
+            values, region_coordinates, region_mask, time_mask, codes_only=True
+        )
+        return encoded.codes + offset
 
     def get_fmri_features(
         self, values, region_coordinates=None, region_mask=None, time_mask=None, stream="fmri"

@@ -16,6 +16,7 @@ class AVQEncoderOutput(ModelOutput):
         The unit-norm codes.
     text_embeds : float32, shape (batch, tokens, text_width)
         P(code): what the decoder reads, and where the language model's row of the code starts.
+        None, as is `quantized`, where only codes were asked for.
     token_mask : bool, shape (batch, tokens)
         False for tokens of padded patches and, in the `grid` layout, of missing regions.
     """

@@ -169,6 +169,13 @@ class AVQCodebook(nn.Module):
         """Codes int64 (...) to unit vectors float32 (..., code_dim)."""
         return F.embedding(codes, self.codebook)
 
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Codes int64 (batch, tokens) of `latents` (batch, tokens, code_dim), as in `forward`."""
+        return self._nearest(F.normalize(latents.float(), dim=-1))
+
+    def _nearest(self, units):
+        return nearest_code(units.flatten(0, -2), self.codebook).view(units.shape[:-1])
+
     def forward(
         self,
         latents: torch.Tensor,
@@ -195,7 +202,7 @@ class AVQCodebook(nn.Module):
             zero = latents.new_zeros(())
             codes = torch.zeros(latents.shape[:-1], dtype=torch.int64, device=latents.device)
             return QuantizerOutput(latents, codes, zero, zero, zero)
-        codes = nearest_code(latents.flatten(0, -2), self.codebook).view(latents.shape[:-1])
+        codes = self._nearest(latents)
         chosen = self.lookup(codes)
         error = (latents - chosen).square().sum(-1)  # (batch, tokens)
         commitment_loss = (error * token_mask).sum() / token_mask.sum().clamp(min=1)

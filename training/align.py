@@ -256,7 +256,7 @@ def count_codes(codec: AVQModel, scans: PreparedScans, batch_size: int) -> torch
     """Occurrences of each code in the whole windows of `scans`, int64 (codes,)."""
     counts = torch.zeros(codec.config.num_codes, dtype=torch.int64)
     for batch in whole_windows(scans, codec.config.window_length, batch_size):
-        output: Any = codec.encode(**batch)
+        output: Any = codec.encode(**batch, codes_only=True)
         counts += torch.bincount(output.codes[output.token_mask], minlength=len(counts))
     return counts
 

@@ -91,7 +91,9 @@ def encode_windows(codec: AVQModel, scans, stride: int, quiet: bool) -> EncodedW
         starts = range(0, len(series) - length + 1, stride)
         windows = torch.from_numpy(np.stack([series[s : s + length] for s in starts]))
         mask = torch.from_numpy(scans.region_masks[scan]).expand(len(windows), -1)
-        encoded = codec.encode(windows.to(codec.device), region_mask=mask.to(codec.device))
+        encoded = codec.encode(
+            windows.to(codec.device), region_mask=mask.to(codec.device), codes_only=True
+        )
         codes.append(encoded.codes.cpu().numpy())
         of_scan.append(np.arange(count, count + len(windows)))
         count += len(windows)

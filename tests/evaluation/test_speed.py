@@ -116,6 +116,20 @@ def test_the_rival_reads_every_region_and_patch(config):
     assert (changed[1] == 0).all()  # and to no other window
 
 
+def test_both_are_timed_for_their_codes_alone(config):
+    # Neither looks its codes up or projects them, and both take the codes that training would.
+    (codec, _), (rival, _) = started(speed.CODEC, config), started("plain", config)
+    assert list(codec.encode()) == ["codes", "token_mask"]
+    codes = rival.encode()
+    assert codes.dtype == torch.int64
+    asked = []
+    hook = rival.model.to_code.register_forward_hook(lambda *call: asked.append(call[2]))
+    rival.encode()
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(rival.model.quantizer(asked[0]).codes, codes)
+
+
 def tokens_of(model, values, coordinates):
     """What the rival's codebook is asked for, and its codes."""
     seen = []

@@ -57,6 +57,15 @@ def test_the_code_is_the_nearest_one():
     assert torch.equal(nearest_code(vectors, rows), expected)
 
 
+def test_encoding_is_what_the_forward_chooses():
+    book = codebook_of(unit(50, 4)).eval()
+    latents = 3.0 * torch.randn(2, 7, 4, generator=torch.Generator().manual_seed(1))
+    codes = book.encode(latents)
+    assert codes.shape == (2, 7)
+    assert torch.equal(codes, book(latents).codes)
+    assert len(codes.unique()) > 3
+
+
 def test_commitment_is_the_squared_distance_to_the_code():
     book = codebook_of(torch.eye(2)).eval()
     angle = math.radians(30)

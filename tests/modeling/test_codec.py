@@ -47,6 +47,32 @@ def test_decoding_the_codes_is_what_forward_reconstructs(codec, windows):
     torch.testing.assert_close(encoded.text_embeds, output.text_embeds, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_codes_alone_are_the_codes_and_cost_no_projection(codec, windows, masked, monkeypatch):
+    mask = torch.ones(len(windows), REGIONS, dtype=torch.bool)
+    mask[:, 3] = not masked
+    whole = codec.encode(windows, region_mask=mask)
+    monkeypatch.setattr(codec, "_project", lambda _: pytest.fail("P was computed"))
+    alone = codec.encode(windows, region_mask=mask, codes_only=True)
+    assert list(alone) == ["codes", "token_mask"]
+    assert torch.equal(alone.codes, whole.codes)
+    assert torch.equal(alone.token_mask, whole.token_mask)
+    assert alone.quantized is None
+    assert alone.text_embeds is None
+    assert {"quantized", "text_embeds"} < set(whole)
+
+
+@torch.no_grad()
+def test_large_finite_values_are_read(codec, windows):
+    # Their sum overflows float32; each of them, and every component, does not.
+    large = 1e35 * windows.abs().clamp(min=0.1)
+    large = large.repeat_interleave(max(1, 4000 // len(windows)), 0)
+    assert torch.isfinite(large).all()
+    assert not torch.isfinite(large.sum())
+    codec._prepare(large)
+
+
 @torch.no_grad()
 def test_one_row_of_a_batch_is_the_scan_alone(codec, many):
     alone = torch.cat([codec.encode(row[None]).codes for row in many])
