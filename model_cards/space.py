@@ -30,9 +30,11 @@ from cortexicon.inference import (
 )
 from cortexicon.inference.examination import examine
 from cortexicon.inference.predict import (
+    PromptCodes,
     answer_probabilities,
     answers_of,
     encode_prompts,
+    prompt_rows,
     read_numbers,
 )
 from cortexicon.tokenization import TokenizationError
@@ -232,7 +234,7 @@ def ask(reading: ScanReading, question: str) -> SpaceAnswer:
         )
     config = checkpoint.model.config
     prompts = encode_prompts(
-        checkpoint.codec,
+        checkpoint.model,
         checkpoint.processor.feature_extractor,
         reading.cohort,
         reading.cohort.subject_ids,
@@ -242,16 +244,18 @@ def ask(reading: ScanReading, question: str) -> SpaceAnswer:
     )
     if prompts.skipped:
         raise SpaceError(next(iter(prompts.skipped.values())))
-    codes = prompts.codes[0]  # (prompts, windows, tokens)
     for target in config.targets or []:
         if _plain(question) in (_plain(target["question"]), _plain(target["name"])):
-            return _trained_answer(checkpoint, codes, target)
-    return _free_answer(checkpoint, codes[0], question)
+            return _trained_answer(checkpoint, prompts, target)
+    return _free_answer(checkpoint, prompts, question)
 
 
-def _trained_answer(checkpoint: Checkpoint, codes: np.ndarray, target: dict) -> SpaceAnswer:
+def _trained_answer(checkpoint: Checkpoint, prompts: PromptCodes, target: dict) -> SpaceAnswer:
     """The pooled answer to a question of the training."""
-    probabilities, _ = answer_probabilities(checkpoint.model, checkpoint.processor, codes, target)
+    codes, connectivity = prompts.flat
+    probabilities, _ = answer_probabilities(
+        checkpoint.model, checkpoint.processor, codes, target, connectivity=connectivity
+    )
     pooled, options = probabilities.mean(axis=0), answers_of(target)
     if target["kind"] == "number":
         number = float(read_numbers(pooled[None], target)[0])
@@ -264,10 +268,10 @@ def _trained_answer(checkpoint: Checkpoint, codes: np.ndarray, target: dict) -> 
     return SpaceAnswer(target["question"], text, options, pooled, None)
 
 
-def _free_answer(checkpoint: Checkpoint, codes: np.ndarray, question: str) -> SpaceAnswer:
+def _free_answer(checkpoint: Checkpoint, prompts: PromptCodes, question: str) -> SpaceAnswer:
     """What the model writes after a question it was not trained on: text only."""
     processor, model = checkpoint.processor, checkpoint.model
-    ids = processor.prompt_ids(codes, question)
+    ids = prompt_rows(processor, *prompts.flat, question)[0]
     room = getattr(model.config.text_config, "max_position_embeddings", len(ids) + ANSWER_TOKENS)
     if len(ids) + ANSWER_TOKENS > room:
         raise SpaceError(f"The question is too long: {len(ids) + ANSWER_TOKENS - room} tokens.")
