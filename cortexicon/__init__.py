@@ -27,6 +27,8 @@ _PUBLIC = {
     "AVQLMForConditionalGeneration": "modeling",
     "FMRIMAEConfig": "modeling",
     "FMRIMAEModel": "modeling",
+    "FMRIPrefixLM": "modeling",
+    "FMRIPrefixLMConfig": "modeling",
     "AVQFeatureExtractor": "tokenization",
     "AVQTokenizer": "tokenization",
     "AVQProcessor": "tokenization",
@@ -60,6 +62,8 @@ if _TYPE_CHECKING:
         AVQModel,
         FMRIMAEConfig,
         FMRIMAEModel,
+        FMRIPrefixLM,
+        FMRIPrefixLMConfig,
     )
     from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 

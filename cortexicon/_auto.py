@@ -45,6 +45,8 @@ def register_auto_classes() -> None:
         AVQModel,
         FMRIMAEConfig,
         FMRIMAEModel,
+        FMRIPrefixLM,
+        FMRIPrefixLMConfig,
     )
     from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
@@ -58,6 +60,8 @@ def register_auto_classes() -> None:
     AutoFeatureExtractor.register(FMRIMAEConfig, AVQFeatureExtractor, exist_ok=True)
     AutoModel.register(AVQConfig, AVQModel, exist_ok=True)
     AutoModel.register(FMRIMAEConfig, FMRIMAEModel, exist_ok=True)
+    AutoConfig.register(FMRIPrefixLMConfig.model_type, FMRIPrefixLMConfig, exist_ok=True)
+    AutoModel.register(FMRIPrefixLMConfig, FMRIPrefixLM, exist_ok=True)
     AutoModel.register(AVQConnectomeConfig, AVQConnectomeModel, exist_ok=True)
     AutoModel.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)

@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
 
     command = commands.add_parser("train", help="train the text model, a codec or another system")
-    command.add_argument("what", choices=("text", "avq", "lm", "mae", "vlm"))
+    command.add_argument("what", choices=("text", "avq", "lm", "mae", "vlm", "encoder-lm"))
     command.add_argument("config", metavar="CONFIG", help="YAML file, see training/configs")
     command.add_argument(
         "--set",

@@ -4,10 +4,12 @@ from .configuration_avq import AVQConfig, ConfigurationError
 from .configuration_avq_connectome import AVQConnectomeConfig
 from .configuration_avq_lm import AVQLMConfig
 from .configuration_fmri_mae import FMRIMAEConfig
+from .configuration_fmri_prefix_lm import FMRIPrefixLMConfig
 from .modeling_avq import AVQModel
 from .modeling_avq_connectome import AVQConnectomeModel, fisher_z_matrices
 from .modeling_avq_lm import AVQLMForConditionalGeneration
 from .modeling_fmri_mae import FMRIMAEEncoderOutput, FMRIMAEModel, FMRIMAEOutput
+from .modeling_fmri_prefix_lm import FMRIPrefixLM
 from .outputs_avq import AVQDecoderOutput, AVQEncoderOutput, AVQOutput
 from .outputs_avq_connectome import (
     AVQConnectomeDecoderOutput,
@@ -33,5 +35,7 @@ __all__ = [
     "FMRIMAEEncoderOutput",
     "FMRIMAEModel",
     "FMRIMAEOutput",
+    "FMRIPrefixLM",
+    "FMRIPrefixLMConfig",
     "fisher_z_matrices",
 ]
