@@ -195,11 +195,9 @@ def train(arguments: AlignArguments, run: Run) -> int:
                 grad_norm=gradient,
             )
             bar.set_postfix(mse=f"{out.reconstruction_loss.item():.3f}", refresh=False)
-        stop = run.stop_code()
-        if stop or (step + 1) % arguments.save_steps == 0:
-            run.save_state(raw_model, optimizer.optimizer, step + 1, log.seconds)
-        if stop:
-            return run.stop(stop, step + 1)
+        due = (step + 1) % arguments.save_steps == 0
+        if stop := run.end_step(step + 1, due, raw_model, optimizer.optimizer, log.seconds):
+            return stop
 
     accelerator.wait_for_everyone()
     if main_process:

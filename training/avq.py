@@ -10,18 +10,16 @@ classifier tells P(code) from real text embeddings all the while, and its revers
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from cortexicon.modeling import AVQConfig, AVQModel
 from cortexicon.modeling.losses_avq import reversal_strength
 from cortexicon.modeling.outputs_avq import AVQOutput
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
-from .arguments import TrainingError, load_arguments
+from .arguments import load_arguments
 from .atlases import (
     AtlasScans,
     Turns,
@@ -44,6 +42,7 @@ from .collators import (
     augment,
     draw_windows,
     load_fold,
+    load_text_side,
     whole_windows,
 )
 from .faults import StepGuard, written_whole
@@ -228,16 +227,8 @@ def train(arguments: AVQArguments, run: Run) -> int:
 
     # The cohort, its split, and the text side.
     cohort, split, people = load_fold(arguments)
-    text_folder = Path(arguments.text_model)
-    if not (text_folder / "token_counts.safetensors").is_file():
-        raise TrainingError(
-            f"{text_folder} holds no token_counts.safetensors. "
-            "The text side comes first: cortexicon train text CONFIG."
-        )
-    text_model = AutoModelForCausalLM.from_pretrained(text_folder, dtype=torch.float32)
-    text_tokenizer = AutoTokenizer.from_pretrained(text_folder)
-    counts = load_file(text_folder / "token_counts.safetensors")["counts"]
-    text_domain = TextDomain(text_model.get_input_embeddings().weight, counts)
+    text_model, text_domain = load_text_side(arguments.text_model)
+    text_tokenizer = AutoTokenizer.from_pretrained(arguments.text_model)
 
     # The model and what prepares its input.
     model = build_model(arguments, cohort, text_model, text_domain)
@@ -422,11 +413,9 @@ def train(arguments: AVQArguments, run: Run) -> int:
                     raw_model, atlases, 32, arguments.eval_windows, accelerator.device
                 ),
             )
-        stop = run.stop_code()
-        if stop or (step + 1) % arguments.save_steps == 0:
-            run.save_state(raw_model, optimizer.optimizer, step + 1, log.seconds)
-        if stop:
-            return run.stop(stop, step + 1)
+        due = (step + 1) % arguments.save_steps == 0
+        if stop := run.end_step(step + 1, due, raw_model, optimizer.optimizer, log.seconds):
+            return stop
 
     accelerator.wait_for_everyone()
     if main_process:

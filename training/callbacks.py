@@ -192,6 +192,13 @@ class Run:
         received = of_all_processes(self.accelerator, torch.tensor(self.signals.received))
         return 128 + int(received) if received else 0
 
+    def end_step(self, done: int, save: bool, model, optimizer, seconds: float) -> int:
+        """Save the state after `done` steps if `save`, or if a signal came: then the exit code."""
+        code = self.stop_code()
+        if code or save:
+            self.save_state(model, optimizer, done, seconds)
+        return self.stop(code, done) if code else 0
+
     def save_state(self, model, optimizer, step: int, seconds: float) -> None:
         """`save_state` by the main process; where it fails, no process goes on."""
         on_main_process(

@@ -2,11 +2,14 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from cortexicon.cohorts import Cohort, Split, load_cohort, load_split
 from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
@@ -193,6 +196,24 @@ def whole_windows(
             "region_mask": torch.from_numpy(np.stack([scans.region_masks[i] for i, _ in part])),
             "region_coordinates": torch.from_numpy(scans.region_coordinates)[None],
         }
+
+
+def load_text_side(folder: str | Path) -> tuple[PreTrainedModel, "TextDomain"]:
+    """What `train text` left in `folder`: the language model, and draws of real text.
+
+    Raises
+    ------
+    TrainingError
+        The folder holds no counts of tokens.
+    """
+    counts = Path(folder) / "token_counts.safetensors"
+    if not counts.is_file():
+        raise TrainingError(
+            f"{folder} holds no {counts.name}. "
+            "The text side comes first: cortexicon train text CONFIG."
+        )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, TextDomain(model.get_input_embeddings().weight, load_file(counts)["counts"])
 
 
 class TextDomain:

@@ -8,14 +8,11 @@ says that it is better than the start.
 
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from cortexicon.cohorts import Cohort
 from cortexicon.evaluation.connectivity import correlation_by_scan
@@ -25,7 +22,7 @@ from cortexicon.modeling.losses_avq import reversal_strength
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
-from .collators import TextDomain, draw_scans, load_fold
+from .collators import TextDomain, draw_scans, load_fold, load_text_side
 from .faults import written_whole
 from .patterns import ridge_patterns, target_columns
 
@@ -143,7 +140,8 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
     cohort, split, parts = load_fold(arguments)
     text_domain, table = None, None
     if arguments.text_model:
-        text_domain, table = text_side(Path(arguments.text_model))
+        text_domain = load_text_side(arguments.text_model)[1]
+        table = text_domain.table
     model = build_model(arguments, cohort, table, text_domain)
 
     def matrices_of(subjects: list[str]) -> Matrices:
@@ -225,18 +223,6 @@ def patterns_of(
     square = np.zeros((len(told), regions, regions), np.float32)
     square[:, *upper] = ridge_patterns(rows, told, penalty)
     return torch.from_numpy(square + square.transpose(0, 2, 1))
-
-
-def text_side(folder: Path) -> tuple[TextDomain, torch.Tensor]:
-    """Draws of text, and the embedding table of the language model in `folder`."""
-    if not (folder / "token_counts.safetensors").is_file():
-        raise TrainingError(
-            f"{folder} holds no token_counts.safetensors. "
-            "The text side comes first: cortexicon train text CONFIG."
-        )
-    table = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).get_input_embeddings()
-    counts = load_file(folder / "token_counts.safetensors")["counts"]
-    return TextDomain(table.weight, counts), table.weight.detach()
 
 
 def build_model(

@@ -350,11 +350,9 @@ def train(arguments: LMArguments, run: Run) -> int:
                 choose_readouts(raw_model, scores)
                 with written_whole(output) as folder:
                     raw_model.save_pretrained(folder)
-        stop = run.stop_code()
-        if stop or (step + 1) % arguments.save_steps == 0:
-            run.save_state(raw_model, optimizer.optimizer, step + 1, log.seconds)
-        if stop:
-            return run.stop(stop, step + 1)
+        due = (step + 1) % arguments.save_steps == 0
+        if stop := run.end_step(step + 1, due, raw_model, optimizer.optimizer, log.seconds):
+            return stop
 
     accelerator.wait_for_everyone()
     if main_process and best == float("inf"):

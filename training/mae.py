@@ -225,12 +225,10 @@ def train(arguments: MAEArguments, run: Run) -> int:
         if (done % arguments.eval_steps == 0 or done == arguments.max_steps) and main_process:
             score = explained(raw_model, validation, arguments.eval_windows, arguments.batch_size)
             log.write(done, eval_explained=score)
-        stop = run.stop_code()
         # The last state too: the heads take minutes, and a kill there must not cost the steps.
-        if stop or done % arguments.save_steps == 0 or done == arguments.max_steps:
-            run.save_state(raw_model, optimizer.optimizer, done, log.seconds)
-        if stop:
-            return run.stop(stop, done)
+        due = done % arguments.save_steps == 0 or done == arguments.max_steps
+        if stop := run.end_step(done, due, raw_model, optimizer.optimizer, log.seconds):
+            return stop
 
     accelerator.wait_for_everyone()
     if main_process:

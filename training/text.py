@@ -161,12 +161,9 @@ def train(arguments: TextArguments, run: Run) -> int:
         if (step + 1) % arguments.log_steps == 0 or step + 1 == steps:
             log.write(step + 1, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=gradient)
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        stop = run.stop_code()
-        if stop or (step + 1) % arguments.save_steps == 0:
-            whole = accelerator.unwrap_model(model)
-            run.save_state(whole, optimizer.optimizer, step + 1, log.seconds)
-        if stop:
-            return run.stop(stop, step + 1)
+        due, whole = (step + 1) % arguments.save_steps == 0, accelerator.unwrap_model(model)
+        if stop := run.end_step(step + 1, due, whole, optimizer.optimizer, log.seconds):
+            return stop
 
     model = accelerator.unwrap_model(model).eval()
     with torch.no_grad():

@@ -307,12 +307,10 @@ def train(arguments: VLMArguments, run: Run) -> int:
         if done % arguments.log_steps == 0 or done == arguments.max_steps:
             log.write(done, loss=loss, grad_norm=gradient, lr=optimizer.param_groups[0]["lr"])
             bar.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        stop = run.stop_code()
         # The last state too: the questions take minutes, and a kill there must not cost the steps.
-        if stop or done % arguments.save_steps == 0 or done == arguments.max_steps:
-            run.save_state(saved, optimizer.optimizer, done, log.seconds)
-        if stop:
-            return run.stop(stop, done)
+        due = done % arguments.save_steps == 0 or done == arguments.max_steps
+        if stop := run.end_step(done, due, saved, optimizer.optimizer, log.seconds):
+            return stop
 
     accelerator.wait_for_everyone()
     if main_process:
