@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .predict import answers_of
+from .answers import answers_of
 
 READOUTS = {"number": ("expectation", "mode", "generated"), "class": ("options", "generated")}
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -10,9 +10,10 @@ import torch
 from tqdm import tqdm
 
 from cortexicon.cohorts import Cohort, CohortError, ParcelSeries
-from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
-from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, TokenizationError
+from cortexicon.modeling import AVQLMForConditionalGeneration
+from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
 
+from .answers import pooled_answers
 from .checkpoints import load_checkpoint
 from .errors import InferenceError
 
@@ -26,10 +27,13 @@ class PromptCodes(NamedTuple):
     ----------
     subject_ids : list of str
     codes : int64 array, shape (scans, prompts, windows, tokens)
+        Of a model that reads features: what they were before quantisation, float32 (scans,
+        prompts, windows, tokens, code_dim).
     skipped : dict of str to str
         Scans that could not be encoded, and why.
     connectivity : int64 array, shape (scans, tokens), or None
-        Codes of the connectivity stream, where the model reads it.
+        Codes of the connectivity stream, where the model reads it; or float32 (scans, tokens,
+        code_dim), as `codes`.
     """
 
     subject_ids: list[str]
@@ -45,101 +49,6 @@ class PromptCodes(NamedTuple):
         if self.connectivity is None:
             return codes, None
         return codes, np.repeat(self.connectivity, self.codes.shape[1], axis=0)
-
-
-def answers_of(target: dict[str, Any]) -> list[str]:
-    """All valid answers of a target of `AVQLMConfig.targets`: its whole numbers, or its classes."""
-    if target["kind"] == "number":
-        return [str(value) for value in range(target["minimum"], target["maximum"] + 1)]
-    return list(target["classes"])
-
-
-def prompt_rows(
-    processor: AVQProcessor,
-    codes: np.ndarray,
-    connectivity: np.ndarray | None,
-    question: str,
-) -> list[list[int]]:
-    """Ids of one prompt per row of codes (prompts, windows, tokens), all of one length."""
-    rows = []
-    for row, windows in enumerate(codes):
-        more = None if connectivity is None else connectivity[row]
-        rows.append(processor.prompt_ids(windows if len(windows) else None, question, more))
-    return rows
-
-
-@torch.inference_mode()
-def answer_probabilities(
-    model: AVQLMForConditionalGeneration,
-    processor: AVQProcessor,
-    codes: np.ndarray,
-    target: dict[str, Any],
-    batch_size: int = 32,
-    connectivity: np.ndarray | None = None,
-    question: str | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Probability of every valid answer, under a grammar that allows no other.
-
-    At each token of an answer the probabilities are shared among the tokens that continue some
-    valid answer, so any tokenizer will do, whether it writes 42 as one token or as two.
-
-    Parameters
-    ----------
-    codes : int64 array, shape (prompts, windows, tokens)
-        With 0 windows the prompts hold connectivity alone.
-    target : dict
-        One of `AVQLMConfig.targets`.
-    connectivity : int64 array, shape (prompts, tokens), optional
-        Codes of the connectivity stream.
-    question : str, optional
-        In place of the target's own.
-
-    Returns
-    -------
-    probabilities : float64 array, shape (prompts, answers)
-        In the order of `answers_of`.
-    free : bool array, shape (prompts,)
-        Whether the likeliest first token of all the vocabulary begins a valid answer.
-    """
-    answers = [tuple(processor.answer_ids(answer)) for answer in answers_of(target)]
-    prompts = prompt_rows(processor, codes, connectivity, question or target["question"])
-    probabilities = np.ones((len(prompts), len(answers)))
-    free = np.zeros(len(prompts), dtype=bool)
-    prefixes = sorted(
-        {answer[:length] for answer in answers for length in range(len(answer))}, key=len
-    )
-    for prefix in prefixes:
-        inside = [index for index, answer in enumerate(answers) if answer[: len(prefix)] == prefix]
-        following = sorted(
-            {answers[index][len(prefix)] for index in inside if len(answers[index]) > len(prefix)}
-        )
-        if len(following) == 1:
-            continue  # nothing to choose
-        column = {token: place for place, token in enumerate(following)}
-        for first in range(0, len(prompts), batch_size):
-            rows = [prompt + list(prefix) for prompt in prompts[first : first + batch_size]]
-            ids = torch.tensor(rows, device=model.device)
-            logits = model(input_ids=ids, logits_to_keep=1).logits[:, -1].float()
-            share = torch.softmax(logits[:, following], dim=-1).double().cpu().numpy()
-            for index in inside:
-                probabilities[first : first + len(rows), index] *= share[
-                    :, column[answers[index][len(prefix)]]
-                ]
-            if not prefix:
-                best = logits.argmax(-1).cpu().numpy()
-                free[first : first + len(rows)] = np.isin(best, following)
-    return probabilities, free
-
-
-def read_numbers(probabilities: np.ndarray, target: dict[str, Any]) -> np.ndarray:
-    """Numbers from answer probabilities (..., answers) by the target's readout.
-
-    The readout is `expectation` or `mode`.
-    """
-    values = np.arange(target["minimum"], target["maximum"] + 1, dtype=float)
-    if target.get("readout", "expectation") == "mode":
-        return values[probabilities.argmax(-1)]
-    return probabilities @ values
 
 
 def window_starts(length: int, window: int, prompts: int, windows: int) -> np.ndarray:
@@ -176,7 +85,7 @@ def encode_prompts(
     for subject in tqdm(subject_ids, desc="encode", mininterval=2.0, disable=quiet):
         try:
             scan = cohort.series(subject)
-            codes = scan_windows(model.avq, extractor, scan, prompts, windows, batch_size)
+            codes = scan_windows(model, extractor, scan, prompts, windows, batch_size)
             if model.connectome is not None:
                 matrices.append(connectivity_codes(model, extractor, scan))
         except (CohortError, InferenceError, TokenizationError) as error:
@@ -192,7 +101,7 @@ def encode_prompts(
 
 
 def scan_windows(
-    codec: AVQModel,
+    model: AVQLMForConditionalGeneration,
     extractor: AVQFeatureExtractor,
     scan: ParcelSeries,
     prompts: int,
@@ -200,6 +109,8 @@ def scan_windows(
     batch_size: int = 32,
 ) -> np.ndarray:
     """Codes int64 (prompts, windows, tokens) of windows spread evenly over one scan.
+
+    Of a model that reads features: float32 (prompts, windows, tokens, code_dim).
 
     Raises
     ------
@@ -220,19 +131,39 @@ def scan_windows(
             f"window of {length * extractor.sampling_interval:g} s"
         )
     starts = window_starts(len(values), length, prompts, windows).ravel()
-    batch = torch.from_numpy(np.stack([values[s : s + length] for s in starts])).to(codec.device)
-    masks = torch.from_numpy(mask).to(codec.device).expand(len(batch), -1)
+    batch = torch.from_numpy(np.stack([values[s : s + length] for s in starts]))
+    found = encoded_windows(model, batch, torch.from_numpy(mask), batch_size)
+    return found.reshape(prompts, windows, *found.shape[1:])
+
+
+def encoded_windows(
+    model: AVQLMForConditionalGeneration,
+    values: torch.Tensor,
+    region_mask: torch.Tensor,
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Codes int64 (windows, tokens) of a scan's windows float32 (windows, time, regions).
+
+    Of a model that reads features: what they were before quantisation, float32 (windows, tokens,
+    code_dim). `region_mask` is bool (regions,).
+    """
+    masks = region_mask.to(model.device).expand(len(values), -1)
+    features = model.config.fmri_input == "features"
+    read = model.get_fmri_latents if features else model.get_fmri_tokens
     parts = [
-        codec.encode(rows, region_mask=present, codes_only=True).codes
-        for rows, present in zip(batch.split(batch_size), masks.split(batch_size), strict=True)
+        read(values[k : k + batch_size].to(model.device), None, masks[k : k + batch_size]).cpu()
+        for k in range(0, len(values), batch_size)
     ]
-    return torch.cat(parts).cpu().numpy().reshape(prompts, windows, -1)
+    found = torch.cat(parts).numpy()
+    return found if features else found - model.block("fmri")[0]
 
 
 def connectivity_codes(
     model: AVQLMForConditionalGeneration, extractor: AVQFeatureExtractor, scan: ParcelSeries
 ) -> np.ndarray:
     """Connectivity codes int64 (tokens,) of one whole scan at its own TR.
+
+    Of a model that reads features: what they were before quantisation, float32 (tokens, code_dim).
 
     Raises
     ------
@@ -246,12 +177,14 @@ def connectivity_codes(
         where=f"{scan.subject_id}: ",
     )
     places = torch.tensor(np.asarray(extractor.region_coordinates, dtype=np.float32))
-    ids = model.get_fmri_tokens(
+    arguments = (
         torch.from_numpy(matrix)[None].to(model.device),
         places[None].to(model.device),
         torch.from_numpy(mask)[None].to(model.device),
-        stream="fc",
     )
+    if model.config.fmri_input == "features":
+        return model.get_fmri_latents(*arguments, stream="fc")[0].cpu().numpy()
+    ids = model.get_fmri_tokens(*arguments, stream="fc")
     return (ids - model.block("fc")[0])[0].cpu().numpy()
 
 
@@ -318,26 +251,18 @@ def predict_cohort(
     tables = []
     for name in chosen:
         target = known[name]
-        flat, connectivity = prompts.flat
-        probabilities, free = answer_probabilities(
-            loaded.model, loaded.processor, flat, target, batch_size, connectivity
-        )
-        answers = probabilities.shape[1]
-        probabilities = probabilities.reshape(*prompts.codes.shape[:2], answers)
-        # NOTE: prompts of one scan are pooled as probabilities, so `mode` is the mode of the pooled
-        # answer.
-        pooled = probabilities.mean(1)
+        answers = pooled_answers(loaded.model, loaded.processor, prompts, target, batch_size)
         table = pd.DataFrame({"subject_id": prompts.subject_ids})
         table["site"] = [people["site"].get(subject) for subject in prompts.subject_ids]
         truth = people[name] if name in people else pd.Series(dtype=object)
         table["y"] = [truth.get(subject) for subject in prompts.subject_ids]
         if target["kind"] == "number":
-            table["y_hat"], table["score"] = read_numbers(pooled, target), np.nan
+            table["y_hat"], table["score"] = answers.numbers(target), np.nan
         else:
-            classes = np.array(target["classes"])
-            table["y_hat"] = classes[pooled.argmax(1)]
-            table["score"] = pooled[:, int(np.argsort(classes)[-1])]
-        table["free_answer_valid"] = free.reshape(len(table), -1).mean(1)
+            classes, shares = np.array(target["classes"]), answers.classes(target)
+            table["y_hat"] = classes[shares.argmax(1)]
+            table["score"] = shares[:, int(np.argsort(classes)[-1])]
+        table["free_answer_valid"] = answers.free
         table["system"], table["target"] = SYSTEM, name
         tables.append(table)
     columns = ["subject_id", "site", "y", "y_hat", "system", "target", "score", "free_answer_valid"]

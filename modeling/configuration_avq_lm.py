@@ -44,6 +44,13 @@ class AVQLMConfig(PreTrainedConfig):
         `<fc>` and `</fc>`, around the connectivity codes.
     fmri_input : {"codes", "features"}
         Whether a scan enters as tokens of the vocabulary or as continuous projected features.
+    scan_summary : bool
+        Whether a linear map of all of a scan's connectivity tokens is added to the marker that
+        closes them (`ScanSummary`). Needs a `connectome_config`.
+    summary_dropout : float
+        Share of tokens that the summary drops in training.
+    answer_heads : bool
+        Whether every target also has a linear head on the last state (`AnswerHeads`).
     windows_per_prompt : int
         Windows that every prompt holds; the same for all scans, since scan length alone names the
         site. 0: prompts of connectivity alone.
@@ -52,7 +59,8 @@ class AVQLMConfig(PreTrainedConfig):
     targets : list of dict
         What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or
         "class") and either `minimum` and `maximum` (integers) or `classes` (list of str), and
-        `readout` ("expectation" or "mode", the one chosen on validation subjects).
+        `readout`, the one chosen on validation subjects: "expectation", "mode" or "head" of a
+        number, "options" or "head" of a class.
 
     Raises
     ------
@@ -79,6 +87,9 @@ class AVQLMConfig(PreTrainedConfig):
     bofc_token_id: int = 0
     eofc_token_id: int = 0
     fmri_input: str = "codes"
+    scan_summary: bool = False
+    summary_dropout: float = 0.0
+    answer_heads: bool = False
     windows_per_prompt: int = 1
     prompts_per_scan: int = 1
     targets: list | None = None
@@ -99,6 +110,16 @@ class AVQLMConfig(PreTrainedConfig):
                 raise ConfigurationError(
                     f"AVQLMConfig.{name} must be an integer >= {lowest}, found {value!r}."
                 )
+        if self.scan_summary and self.connectome_config is None:
+            raise ConfigurationError(
+                "AVQLMConfig.scan_summary needs a connectome_config: it sums up the connectivity."
+            )
+        if not 0 <= self.summary_dropout < 1:
+            raise ConfigurationError(
+                f"AVQLMConfig.summary_dropout must lie in [0, 1), found {self.summary_dropout!r}."
+            )
+        if self.answer_heads and not self.targets:
+            raise ConfigurationError("AVQLMConfig.answer_heads needs targets: one head for each.")
         if self.connectome_config is None and not self.windows_per_prompt:
             raise ConfigurationError(
                 "AVQLMConfig.windows_per_prompt must be at least 1 without a connectome_config: "

@@ -3,28 +3,20 @@
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 
+from .answer_heads_avq_lm import AnswerHeads
 from .configuration_avq import ConfigurationError
 from .configuration_avq_lm import AVQLMConfig
 from .modeling_avq import AVQModel, tensor_sha256
 from .modeling_avq_connectome import AVQConnectomeModel
-
-# Inputs that belong to the scan; the language model itself knows none of them.
-SCAN_INPUTS = (
-    "input_values",
-    "region_coordinates",
-    "region_mask",
-    "time_mask",
-    "connectivity",
-    "connectivity_mask",
-)
+from .scan_inputs_avq_lm import SCAN_INPUTS, ScanInputs
+from .scan_summary_avq import ScanSummary
 
 
-class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class AVQLMForConditionalGeneration(ScanInputs, PreTrainedModel, GenerationMixin):
     """An `AVQModel` and any causal language model over one vocabulary of text and codes.
 
     Tricks used, one line each:
@@ -38,7 +30,9 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     * the codecs are frozen and always in evaluation mode, so a scan's codes never depend on
       training the language model;
     * `fmri_input="features"` feeds continuous projected features at the same places instead, for
-      comparison.
+      comparison;
+    * `scan_summary=True` adds to the marker that closes a scan's connectivity a linear map of all
+      its tokens (`ScanSummary`): what a small language model could not learn from few scans.
 
     Method names follow the multimodal models of transformers (Chameleon, Emu3, Janus).
     """
@@ -56,11 +50,20 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if config.connectome_config is not None:
             self.connectome = AVQConnectomeModel._from_config(config.connectome_config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.summary, self.heads = None, None
+        width = self.language_model.get_input_embeddings().weight.shape[1]
+        if config.answer_heads:
+            self.heads = AnswerHeads(config.targets, width)
+        if config.scan_summary:
+            self.summary = ScanSummary(config.connectome_config, width, config.summary_dropout)
         self.post_init()
         self.train(self.training)
 
     @torch.no_grad()
     def _init_weights(self, module):
+        if isinstance(module, (AnswerHeads, ScanSummary)):
+            module.reset()
+            return
         # Both halves initialise themselves; this is reached only for modules of a foreign language
         # model.
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -151,123 +154,6 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         return model
 
-    # ------------------------------------------------------------------ scans in and out
-
-    def block(self, stream: str = "fmri") -> tuple[int, int]:
-        """First id and number of codes of a stream, "fmri" (dynamics) or "fc" (connectivity).
-
-        Raises
-        ------
-        ConfigurationError
-            No such stream, or a model without the connectivity stream.
-        """
-        if stream == "fmri":
-            return self.config.fmri_offset, self.config.avq_config.num_codes
-        if stream != "fc":
-            raise ConfigurationError(f"stream must be 'fmri' or 'fc', found {stream!r}.")
-        if self.connectome is None:
-            raise ConfigurationError(
-                "This model was built without the connectivity stream. Give an AVQConnectomeModel "
-                "to from_avq_and_lm, or leave connectivity out of the prompt."
-            )
-        return self.config.connectivity_offset, self.config.connectome_config.num_codes
-
-    @torch.no_grad()
-    def get_fmri_tokens(
-        self, values, region_coordinates=None, region_mask=None, time_mask=None, stream="fmri"
-    ):
-        """Ids of a scan's codes, int64 (windows or scans, tokens).
-
-        Parameters
-        ----------
-        values : float32
-            Of stream "fmri" windows (windows, time, regions), z-scored; of stream "fc" matrices
-            (scans, regions, regions), Fisher z.
-        region_coordinates, region_mask, time_mask
-            As in `AVQModel.encode`; "fc" has no `time_mask`.
-        stream : {"fmri", "fc"}
-        """
-        offset, _ = self.block(stream)
-        if stream == "fc":
-            return self.connectome.encode(values, region_coordinates, region_mask).codes + offset
-        encoded = self.avq.encode(
-            values, region_coordinates, region_mask, time_mask, codes_only=True
-        )
-        return encoded.codes + offset
-
-    def get_fmri_features(
-        self, values, region_coordinates=None, region_mask=None, time_mask=None, stream="fmri"
-    ):
-        """Embeddings of a scan's tokens, (windows or scans, tokens, hidden); see `get_fmri_tokens`.
-
-        Those of its codes, or continuous ones where the configuration's `fmri_input` says
-        "features": P of the unit vectors before quantisation.
-        """
-        weight = self.get_input_embeddings().weight
-        if self.config.fmri_input == "codes":
-            ids = self.get_fmri_tokens(values, region_coordinates, region_mask, time_mask, stream)
-            return self.get_input_embeddings()(ids)
-        self.block(stream)  # refuses what there is none of
-        with torch.no_grad():
-            if stream == "fc":
-                codec = self.connectome
-                inputs = codec._prepare(values, region_coordinates, region_mask)
-                vectors = codec._encode(*inputs, codec._mean(None, inputs[1]))
-            else:
-                codec = self.avq
-                inputs = codec._prepare(values, region_coordinates, region_mask, time_mask)
-                vectors, _ = codec._encode(*inputs)
-            features = codec.projection(F.normalize(vectors.float(), dim=-1))
-        return features.to(weight.dtype)
-
-    def decode_fmri_tokens(self, ids, region_coordinates=None, stream="fmri"):
-        """What ids of codes, int64 (windows or scans, tokens), stand for.
-
-        Of stream "fmri" series float32 (windows, time, regions) in z-score units, of "fc" matrices
-        float32 (scans, regions, regions) of Fisher z.
-        """
-        codes = ids - self.block(stream)[0]
-        if stream == "fc":
-            return self.connectome.decode(codes, region_coordinates).matrices
-        return self.avq.decode(codes, region_coordinates).reconstruction
-
-    def _place(self, input_ids, scan):
-        """Put a scan's tokens (or features) at its placeholders: inputs of the language model."""
-        config = self.config
-        holes = input_ids == config.fmri_token_id
-        # A placeholder after <fc> and before </fc> is one of the connectivity.
-        opened = (input_ids == config.bofc_token_id).cumsum(1)
-        within = opened > (input_ids == config.eofc_token_id).cumsum(1)
-        places = scan.get("region_coordinates")
-        values, matrices = scan.get("input_values"), scan.get("connectivity")
-        given = {}
-        if values is not None:
-            masks = scan.get("region_mask"), scan.get("time_mask")
-            given["fmri"] = (holes & ~within, (values, places, *masks))
-        if matrices is not None:
-            mask = scan.get("connectivity_mask")
-            given["fc"] = (holes & within, (matrices, places, mask, None))
-        codes = config.fmri_input == "codes"
-        embeds = None if codes else self.get_input_embeddings()(input_ids)
-        for stream, (mine, arguments) in given.items():
-            if codes:
-                ids = self.get_fmri_tokens(*arguments, stream=stream)
-                self._check_holes(mine, ids.numel(), stream)
-                input_ids = input_ids.masked_scatter(mine, ids.to(input_ids))
-            else:
-                features = self.get_fmri_features(*arguments, stream=stream)
-                self._check_holes(mine, features.shape[0] * features.shape[1], stream)
-                embeds = embeds.masked_scatter(mine[..., None], features.to(embeds))
-        return {"input_ids": input_ids} if codes else {"inputs_embeds": embeds}
-
-    def _check_holes(self, holes, count, stream):
-        if int(holes.sum()) != count:
-            what = "windows" if stream == "fmri" else "matrices"
-            raise ConfigurationError(
-                f"The prompts hold {int(holes.sum())} placeholders, the {what} give {count} "
-                "codes. Make both with one call of the AVQProcessor."
-            )
-
     # ------------------------------------------------------------------ the language model
 
     def forward(
@@ -281,6 +167,8 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_windows=None,
         connectivity=None,
         connectivity_mask=None,
+        fmri_latents=None,
+        connectivity_latents=None,
         inputs_embeds=None,
         position_ids=None,
         labels=None,
@@ -300,6 +188,10 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             Fisher z, for the placeholders between `<fc>` and `</fc>`.
         connectivity_mask : bool, shape (scans, regions), optional
             False for regions without a signal in the scan.
+        fmri_latents : float32, shape (windows, tokens, code_dim), optional
+        connectivity_latents : float32, shape (scans, tokens, code_dim), optional
+            In place of `input_values` and `connectivity`, with `fmri_input` "features": what
+            `get_fmri_latents` gave.
         position_ids : int64, shape (batch, sequence), optional
             `generate` makes them from the attention mask, so that padding shifts no position.
         labels : int64, shape (batch, sequence), optional
@@ -315,10 +207,14 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
             "time_mask": time_mask,
             "connectivity": connectivity,
             "connectivity_mask": connectivity_mask,
+            "fmri_latents": fmri_latents,
+            "connectivity_latents": connectivity_latents,
         }
-        if input_ids is not None and (input_values is not None or connectivity is not None):
+        if input_ids is not None and self._scan_given(scan):
             placed = self._place(input_ids, scan)
             input_ids, inputs_embeds = placed.get("input_ids"), placed.get("inputs_embeds")
+        if inputs_embeds is None and self.summary is not None:
+            inputs_embeds = self._embed_with_summaries(input_ids)
         if inputs_embeds is not None:
             input_ids = None
         takes = inspect.signature(self.language_model.forward).parameters
@@ -335,7 +231,7 @@ class AVQLMForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def generate(self, inputs=None, **kwargs):
         """`GenerationMixin.generate`; takes the output of an `AVQProcessor` as it is."""
         scan = {key: kwargs.pop(key, None) for key in SCAN_INPUTS}
-        if scan["input_values"] is not None or scan["connectivity"] is not None:
+        if self._scan_given(scan):
             input_ids = inputs if inputs is not None else kwargs.pop("input_ids")
             placed = self._place(input_ids, scan)
             # With features the ids stay beside the embeddings, so that what is returned holds the

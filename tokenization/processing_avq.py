@@ -171,24 +171,49 @@ class AVQProcessor(ProcessorMixin):
             raise TokenizationError(f"expected text as str, found {type(question).__name__}")
         return f"\nQuestion: {question}\nAnswer:"
 
-    def prompt_ids(self, codes: Any, question: str, connectivity_codes: Any = None) -> list[int]:
+    def prompt_ids(
+        self,
+        codes: Any,
+        question: str,
+        connectivity_codes: Any = None,
+        num_windows: int = 0,
+        connectivity: bool = False,
+    ) -> list[int]:
         """Ids of one whole prompt.
 
         Parameters
         ----------
-        codes : integer array (windows, tokens), or None for a prompt without windows
+        codes : integer array (windows, tokens), or None for a prompt without codes of windows
         question : str
         connectivity_codes : integer array (tokens,), optional
+        num_windows : int
+            Without `codes`: so many windows of placeholders.
+        connectivity : bool
+            Without `connectivity_codes`: whether placeholders stand for them.
         """
-        return self.scan_ids(codes, connectivity_codes) + self._text_ids(
-            self.prompt_template(question)
-        )
+        scan = self.scan_ids(codes, connectivity_codes, num_windows, connectivity)
+        return scan + self._text_ids(self.prompt_template(question))
 
-    def scan_ids(self, codes: Any, connectivity_codes: Any = None) -> list[int]:
-        """Ids of one scan's codes between their markers; the part of a prompt before the text."""
-        block = [] if codes is None else self._code_block(codes, None, "codes: ")
+    def scan_ids(
+        self,
+        codes: Any,
+        connectivity_codes: Any = None,
+        num_windows: int = 0,
+        connectivity: bool = False,
+    ) -> list[int]:
+        """Ids of one scan between its markers; the part of a prompt before the text.
+
+        Arguments as in `prompt_ids`.
+        """
+        pad, block = self.tokenizer.fmri_token_id, []
+        if codes is not None:
+            block = self._code_block(codes, None, "codes: ")
+        elif num_windows:
+            block = self._block([[pad] * (self.tokens_per_window or 0)] * num_windows)
         if connectivity_codes is not None:
             block += self._connectivity_code_blocks(connectivity_codes)[0]
+        elif connectivity:
+            block += self._connectivity_block([pad] * (self.connectivity_tokens or 0))
         return block
 
     def answer_ids(self, answer: str) -> list[int]:

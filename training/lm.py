@@ -17,12 +17,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.inference import load_connectome
-from cortexicon.inference.predict import (
-    answer_probabilities,
-    connectivity_codes,
-    encode_prompts,
-    read_numbers,
-)
+from cortexicon.inference.answers import scan_arguments
+from cortexicon.inference.predict import connectivity_codes, encode_prompts, encoded_windows
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor, AVQTokenizer
 
@@ -37,6 +33,7 @@ from .callbacks import (
 )
 from .collators import draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
+from .lm_readouts import choose_readouts, head_loss, start_heads, validate
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 
 
@@ -51,6 +48,13 @@ class LMArguments:
     text_model: str
     targets: list
     connectome: str = ""
+    fmri_input: str = "codes"
+    scan_summary: bool = False
+    summary_dropout: float = 0.0
+    summary_noise: float = 0.0
+    answer_heads: bool = False
+    head_weight: float = 1.0
+    keep: str = "best"
     fold: int = 0
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
@@ -81,59 +85,20 @@ class EncodedWindows:
 
 
 @torch.inference_mode()
-def encode_windows(codec: AVQModel, scans, stride: int, quiet: bool) -> EncodedWindows:
+def encode_windows(model, scans, stride: int, quiet: bool) -> EncodedWindows:
     """Encode the windows that start every `stride` samples of every scan."""
-    length = codec.config.window_length
+    length = model.avq.config.window_length
     codes, of_scan = [], []
     count = 0
     for scan in tqdm(range(len(scans)), "encode training windows", mininterval=2.0, disable=quiet):
         series = scans.series[scan]
         starts = range(0, len(series) - length + 1, stride)
         windows = torch.from_numpy(np.stack([series[s : s + length] for s in starts]))
-        mask = torch.from_numpy(scans.region_masks[scan]).expand(len(windows), -1)
-        encoded = codec.encode(
-            windows.to(codec.device), region_mask=mask.to(codec.device), codes_only=True
-        )
-        codes.append(encoded.codes.cpu().numpy())
+        mask = torch.from_numpy(scans.region_masks[scan])
+        codes.append(encoded_windows(model, windows, mask, len(windows)))
         of_scan.append(np.arange(count, count + len(windows)))
         count += len(windows)
     return EncodedWindows(np.concatenate(codes), of_scan)
-
-
-def validate(
-    model, processor, validation, participants, targets, batch_size: int
-) -> dict[str, float]:
-    """Error of every readout on the validation subjects.
-
-    Numbers: mean absolute error. Classes: share of wrong answers.
-    """
-    model.eval()
-    scores = {}
-    scans, prompts = validation.codes.shape[:2]
-    flat, connectivity = validation.flat
-    for target in targets:
-        truth = participants.loc[validation.subject_ids, target["name"]]
-        known = truth.notna().to_numpy()
-        probabilities, _ = answer_probabilities(
-            model, processor, flat, target, batch_size, connectivity
-        )
-        pooled = probabilities.reshape(scans, prompts, -1).mean(1)[known]
-        if target["kind"] == "number":
-            for readout in ("expectation", "mode"):
-                values = read_numbers(pooled, {**target, "readout": readout})
-                error = np.abs(values - truth[known].to_numpy(dtype=float)).mean()
-                scores[f"eval_mae_{target['name']}_{readout}"] = float(error)
-            scores[f"eval_mae_{target['name']}"] = min(
-                scores[f"eval_mae_{target['name']}_{readout}"]
-                for readout in ("expectation", "mode")
-            )
-        else:
-            wrong = (
-                np.array(target["classes"])[pooled.argmax(1)] != truth[known].astype(str).to_numpy()
-            )
-            scores[f"eval_error_{target['name']}"] = float(wrong.mean())
-    model.train()
-    return scores
 
 
 def build_model(
@@ -167,6 +132,10 @@ def build_model(
         windows_per_prompt=arguments.windows_per_prompt,
         prompts_per_scan=arguments.prompts_per_scan,
         targets=targets,
+        fmri_input=arguments.fmri_input,
+        scan_summary=arguments.scan_summary,
+        summary_dropout=arguments.summary_dropout,
+        answer_heads=arguments.answer_heads,
     )
     needed = arguments.windows_per_prompt * (codec.config.tokens_per_window + 1) + 64
     needed += 0 if connectome is None else connectome.config.num_tokens + 2
@@ -178,6 +147,28 @@ def build_model(
             "Lower windows_per_prompt, or train the text model with more positions."
         )
     return model, processor
+
+
+@torch.no_grad()
+def start_summary(model: AVQLMForConditionalGeneration, matrices) -> float:
+    """Give the summary what training scans hold; the size of the quantiser's error in a value.
+
+    `matrices` are the codes (tokens,) of training scans, or what they were before.
+    """
+    codec = model.connectome
+    table = codec.quantizer.codebook
+    vectors = torch.from_numpy(np.stack(matrices)).to(table.device)
+    error = 0.0
+    if vectors.dtype.is_floating_point:
+        nearest = table[codec.quantizer(vectors, update=False).codes]
+        anchor = vectors[..., -1:]
+        rounded = model.summary.values(nearest) * anchor
+        error = float((vectors[..., :-1] - rounded).square().mean().sqrt())
+    else:
+        vectors = table[vectors]
+    rows = model.get_input_embeddings().weight[: model.config.bof_token_id]
+    model.summary.start(vectors, float(rows.square().mean().sqrt()))
+    return error
 
 
 def main(argv: list[str]) -> int:
@@ -195,6 +186,8 @@ def train(arguments: LMArguments, run: Run) -> int:
     cohort, split, parts = load_fold(arguments)
     if not arguments.targets:
         raise TrainingError("targets is empty: name at least one column to answer.")
+    if arguments.keep not in ("best", "last"):
+        raise TrainingError(f"keep must be 'best' or 'last', found {arguments.keep!r}.")
     if not arguments.windows_per_prompt and not arguments.connectome:
         raise TrainingError(
             "windows_per_prompt is 0 and no connectome is named: prompts would hold no scan."
@@ -213,7 +206,7 @@ def train(arguments: LMArguments, run: Run) -> int:
     scans = prepare_scans(cohort, extractor, parts["train"], "training", quiet=not main_process)
     windows = EncodedWindows(np.zeros((0, 0), np.int64), [np.zeros(0, np.int64)] * len(scans))
     if arguments.windows_per_prompt:
-        windows = encode_windows(codec, scans, arguments.window_stride, quiet=not main_process)
+        windows = encode_windows(model, scans, arguments.window_stride, quiet=not main_process)
     matrices = None
     if model.connectome is not None:
         matrices = [
@@ -231,9 +224,12 @@ def train(arguments: LMArguments, run: Run) -> int:
     )
     rows = RowBuilder(processor, arguments.number_sd)
 
-    trained = [
-        parameter for parameter in model.language_model.parameters() if parameter.requires_grad
-    ]
+    noise = 0.0
+    if model.summary is not None:
+        noise = start_summary(model, matrices) * arguments.summary_noise
+    if model.heads is not None:
+        start_heads(model, people.loc[scans.subject_ids])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding = model.get_input_embeddings().weight
     blocks = [model.block("fmri")] + ([] if matrices is None else [model.block("fc")])
     if not arguments.train_code_rows:
@@ -247,8 +243,10 @@ def train(arguments: LMArguments, run: Run) -> int:
             return gradient
 
         embedding.register_hook(keep_code_rows)
-    decayed = [p for p in trained if p.ndim > 1 and p is not embedding]
-    others = [p for p in trained if p.ndim <= 1 or p is embedding]
+    # The summary's own scale is its penalty; decaying it too would only shrink every answer.
+    free = [embedding] if model.summary is None else [embedding, model.summary.map.weight]
+    decayed = [p for p in trained if p.ndim > 1 and not any(p is other for other in free)]
+    others = [p for p in trained if p.ndim <= 1 or any(p is other for other in free)]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": arguments.weight_decay},
@@ -304,6 +302,14 @@ def train(arguments: LMArguments, run: Run) -> int:
         more = None if matrices is None else [matrices[scan] for scan in chosen[mine]]
         batch = rows.batch(codes[mine], answers[mine], more)
         batch["scan"] = chosen[mine]
+        batch["asked"] = [answer for asked in answers[mine] for answer in asked]
+        batch["latents"] = scan_arguments(
+            np.stack(codes[mine]), None if more is None else np.stack(more)
+        )
+        if noise and "connectivity_latents" in batch["latents"]:
+            latents = batch["latents"]["connectivity_latents"]
+            drawn = rng.standard_normal(latents[..., :-1].shape, dtype=np.float32)
+            latents[..., :-1] += noise * torch.from_numpy(drawn)
         # Some codes are hidden, so that no single code can be learned by heart as somebody's.
         ids = batch["input_ids"]
         is_code = torch.zeros_like(ids, dtype=torch.bool)
@@ -329,9 +335,17 @@ def train(arguments: LMArguments, run: Run) -> int:
                 attention_mask=batch["attention_mask"].to(accelerator.device),
                 logits_to_keep=kept.to(accelerator.device),
                 use_cache=False,
+                output_hidden_states=raw_model.heads is not None,
+                **{name: part.to(accelerator.device) for name, part in batch["latents"].items()},
             )
             guard.watch(out.logits, batch["scan"])
             loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
+            if raw_model.heads is not None:
+                where = batch["places"][batch["first"]]
+                states = out.hidden_states[-1][where[:, 0], where[:, 1]]
+                loss = loss + arguments.head_weight * head_loss(
+                    raw_model.heads, states, batch["asked"]
+                )
             accelerator.backward(loss)
             gradient = accelerator.clip_grad_norm_(trained, 1.0)
             guard.judge(loss, gradient, optimizer)
@@ -345,7 +359,8 @@ def train(arguments: LMArguments, run: Run) -> int:
         ) and main_process:
             scores = validate(raw_model, processor, validation, people, targets, 32)
             log.write(step + 1, **scores)
-            if scores[primary] < best:
+            last = step + 1 == arguments.max_steps
+            if last if arguments.keep == "last" else scores[primary] < best:
                 best = scores[primary]
                 choose_readouts(raw_model, scores)
                 with written_whole(output) as folder:
@@ -371,16 +386,6 @@ def train(arguments: LMArguments, run: Run) -> int:
             f"best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
         )
     return 0
-
-
-def choose_readouts(model: AVQLMForConditionalGeneration, scores: dict[str, float]) -> None:
-    """Set each number's readout to the one with the smaller error on validation subjects."""
-    for target in model.config.targets:
-        if target["kind"] == "number":
-            target["readout"] = min(
-                ("expectation", "mode"),
-                key=lambda readout: scores[f"eval_mae_{target['name']}_{readout}"],
-            )
 
 
 def best_so_far(path: Path, key: str) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cortexicon.inference.predict import answers_of
+from cortexicon.inference.answers import answers_of
 from cortexicon.tokenization import AVQProcessor
 
 from .arguments import TrainingError
@@ -114,26 +114,30 @@ class RowBuilder:
         Parameters
         ----------
         codes : list of int64 arrays (windows, tokens), one per row
-            0 windows: the row holds connectivity alone.
+            0 windows: the row holds connectivity alone. What codes were before quantisation,
+            float32 with `code_dim` as a last axis, leaves placeholders.
         answers : list of lists of Answer, one list per row
         connectivity : list of int64 arrays (tokens,), one per row, optional
+            Or float32 (tokens, code_dim).
 
         Returns
         -------
         dict
             input_ids, position_ids int64 (rows, sequence); attention_mask bool
             (rows, 1, sequence, sequence); places int64 (labels, 2): row and position whose next
-            token is scored; labels: list of (ids, shares).
+            token is scored; labels: list of (ids, shares); first: list of the places, one per
+            answer, that score its first token.
         """
-        rows, places, labels = [], [], []
+        rows, places, labels, first = [], [], [], []
         for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
             more = None if connectivity is None else connectivity[row]
-            ids = self.processor.scan_ids(windows if len(windows) else None, more)
+            ids = self._scan_ids(windows, more)
             scan = len(ids)
             positions, segments = list(range(scan)), [0] * scan
             for segment, answer in enumerate(asked, start=1):
                 text = self._text(self.processor.prompt_template(answer.question))
                 reply, shares = self._reply(answer)
+                first.append(len(places))
                 for offset in range(len(reply)):
                     places.append((row, len(ids) + len(text) + offset - 1))
                 labels += shares
@@ -158,7 +162,18 @@ class RowBuilder:
             "attention_mask": (visible & causal)[:, None],
             "places": torch.tensor(places),
             "labels": labels,
+            "first": first,
         }
+
+    def _scan_ids(self, windows: np.ndarray, connectivity: np.ndarray | None) -> list[int]:
+        latent = len(windows) and windows.dtype.kind == "f"
+        blank = connectivity is not None and connectivity.dtype.kind == "f"
+        return self.processor.scan_ids(
+            None if latent or not len(windows) else windows,
+            None if blank else connectivity,
+            len(windows) if latent else 0,
+            blank,
+        )
 
     def _reply(self, answer: Answer) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
         """Ids of the written answer, and for each of them the tokens that share the credit.

@@ -6,7 +6,8 @@ import torch
 
 from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.inference import cohort_matrices, encode_matrices, load_connectome
-from cortexicon.inference.predict import encode_prompts, predict_cohort, prompt_rows
+from cortexicon.inference.answers import prompt_rows
+from cortexicon.inference.predict import encode_prompts, predict_cohort
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor
 from cortexicon.training import TrainingError, lm

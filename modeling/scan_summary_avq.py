@@ -1,0 +1,86 @@
+"""One vector that says what all tokens of a scan's connectivity hold together."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+
+class ScanSummary(nn.Module):
+    """A linear map of all of a scan's connectivity tokens, each slot with weights of its own.
+
+    Codes of all slots share one codebook, but the same code means another component of the matrix
+    in another slot. A language model would have to multiply code and slot to read them, and has a
+    few hundred scans to learn it from; this map has the slot built in. What it gives is added to
+    the embedding of the marker that closes the scan, so the language model reads it like any token.
+
+    Tricks used, one line each:
+
+    * inputs are a code's component values, not its unit vector, around the training people's mean;
+    * one scale for all of them, so the loud components, where people truly differ, are learnt first
+      and the quiet ones hardly: what the penalty of a ridge regression does;
+    * it starts at zero: before training the scan is read by its tokens alone;
+    * whole tokens are dropped in training (Srivastava et al. 2014), so no single one is trusted.
+
+    Parameters
+    ----------
+    config : AVQConnectomeConfig
+        Of the connectivity codec.
+    width : int
+        Of the language model's embeddings.
+    dropout : float
+        Share of tokens dropped in training.
+    """
+
+    def __init__(self, config, width: int, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = dropout
+        self.map = nn.Linear(config.num_tokens * (config.code_dim - 1), width, bias=False)
+        self.register_buffer("mean", torch.zeros(config.num_tokens, config.code_dim - 1))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("gain", torch.ones(()))
+
+    def reset(self):
+        """Weights and statistics of a summary that says nothing yet."""
+        init.zeros_(self.map.weight)
+        init.zeros_(self.mean)
+        init.ones_(self.scale)
+        init.ones_(self.gain)
+
+    @staticmethod
+    def values(vectors):
+        """Component values, (..., code_dim - 1), of code vectors of any length, (..., code_dim).
+
+        In units of the codec's constant, which stands last in a code vector.
+        """
+        return vectors[..., :-1] / vectors[..., -1:]
+
+    @torch.no_grad()
+    def start(self, vectors, row_size: float):
+        """Take mean and scale from training scans.
+
+        Parameters
+        ----------
+        vectors : float32, shape (scans, tokens, code_dim)
+            Of training subjects: code vectors, or what they were before quantisation.
+        row_size : float
+            Root mean square of the language model's embeddings, the size of what is added.
+        """
+        values = self.values(vectors)
+        self.mean.copy_(values.mean(0))
+        spread = (values - self.mean).square().sum((1, 2)).mean().sqrt()
+        self.scale.copy_(spread.clamp(min=1e-6) / 10)
+        self.gain.fill_(row_size)
+
+    def forward(self, vectors, known=None):
+        """Vectors to add, (scans, width), of code vectors (scans, tokens, code_dim).
+
+        Tokens that `known`, bool (scans, tokens), is False for count as the mean.
+        """
+        values = (self.values(vectors) - self.mean) / self.scale
+        if known is not None:
+            values = values.masked_fill(~known[..., None], 0.0)
+        if self.training and self.dropout:
+            kept = F.dropout(torch.ones_like(values[..., :1]), self.dropout, training=True)
+            values = values * kept
+        return self.gain * self.map(values.flatten(1).to(self.map.weight))

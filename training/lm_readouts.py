@@ -1,0 +1,80 @@
+"""Readouts of the language model's answers: their losses, their scores, and which to use."""
+
+import numpy as np
+import torch
+
+from cortexicon.inference.answers import pooled_answers
+
+
+def start_heads(model, people) -> None:
+    """Tell the heads the mean and spread of each number among training people (a table)."""
+    numbers = {
+        name: torch.tensor(people[name].dropna().to_numpy(dtype=np.float32))
+        for name, target in model.heads.targets.items()
+        if target["kind"] == "number"
+    }
+    model.heads.start(numbers)
+
+
+def head_loss(heads, states, asked) -> torch.Tensor:
+    """Mean over targets of the heads' losses at `states` (answers, width) of `asked` Answers."""
+    losses = []
+    for name, target in heads.targets.items():
+        mine = [k for k, answer in enumerate(asked) if answer.target["name"] == name]
+        if not mine:
+            continue
+        values = [asked[k].value for k in mine]
+        if target["kind"] == "class":
+            values = [target["classes"].index(str(value)) for value in values]
+        truth = torch.tensor(values, device=states.device)
+        losses.append(heads.loss(states[mine], name, truth))
+    return torch.stack(losses).mean()
+
+
+def validate(
+    model, processor, validation, participants, targets, batch_size: int
+) -> dict[str, float]:
+    """Error of every readout on the validation subjects.
+
+    Numbers: mean absolute error. Classes: share of wrong answers, and log loss in nats.
+    """
+    model.eval()
+    scores = {}
+    for target in targets:
+        name = target["name"]
+        truth = participants.loc[validation.subject_ids, name]
+        known = truth.notna().to_numpy()
+        answers = pooled_answers(model, processor, validation, target, batch_size)
+        found = {}
+        if target["kind"] == "number":
+            wanted = truth[known].to_numpy(dtype=float)
+            for readout in _readouts(model, target):
+                values = answers.numbers({**target, "readout": readout})[known]
+                found[readout] = float(np.abs(values - wanted).mean())
+                scores[f"eval_mae_{name}_{readout}"] = found[readout]
+            scores[f"eval_mae_{name}"] = min(found.values())
+            continue
+        places = np.array([target["classes"].index(str(value)) for value in truth[known]])
+        for readout in _readouts(model, target):
+            shares = answers.classes({**target, "readout": readout})[known]
+            taken = np.clip(shares[np.arange(len(places)), places], 1e-9, None)
+            scores[f"eval_log_loss_{name}_{readout}"] = float(-np.log(taken).mean())
+            found[readout] = float((shares.argmax(1) != places).mean())
+        scores[f"eval_error_{name}"] = min(found.values())
+    model.train()
+    return scores
+
+
+def _readouts(model, target) -> list[str]:
+    words = ["expectation", "mode"] if target["kind"] == "number" else ["options"]
+    return words + (["head"] if model.heads is not None else [])
+
+
+def choose_readouts(model, scores: dict[str, float]) -> None:
+    """Set each target's readout to the best one on validation subjects."""
+    for target in model.config.targets:
+        loss = "mae" if target["kind"] == "number" else "log_loss"
+        target["readout"] = min(
+            _readouts(model, target),
+            key=lambda readout: scores[f"eval_{loss}_{target['name']}_{readout}"],
+        )
