@@ -53,16 +53,16 @@ class AnswerHeads(nn.Module):
         return self.out(states.to(self.out.weight))[..., self.places[name]].float()
 
     def loss(self, states, name: str, truth) -> torch.Tensor:
-        """Of states (answers, width): half the squared error in SD, or the cross entropy.
+        """Of states (answers, width): half the squared error in SD, or cross entropy; (answers,).
 
         `truth` holds numbers, float (answers,), or places of classes, int64 (answers,).
         """
         raw = self._raw(states, name)
         if self.targets[name]["kind"] == "class":
-            return F.cross_entropy(raw, truth)
+            return F.cross_entropy(raw, truth, reduction="none")
         index = list(self.targets).index(name)
         wanted = (truth.float() - self.mean[index]) / self.scale[index]
-        return 0.5 * F.mse_loss(raw[..., 0], wanted)
+        return 0.5 * (raw[..., 0] - wanted).square()
 
     def read(self, states, name: str) -> torch.Tensor:
         """Numbers (answers,), or probabilities of classes (answers, classes), float32."""

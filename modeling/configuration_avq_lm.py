@@ -47,8 +47,8 @@ class AVQLMConfig(PreTrainedConfig):
     scan_summary : bool
         Whether a linear map of all of a scan's connectivity tokens is added to the marker that
         closes them (`ScanSummary`). Needs a `connectome_config`.
-    summary_dropout : float
-        Share of tokens that the summary drops in training.
+    summary_noise : float
+        Noise that the summary's input gets in training, in units of its root mean square.
     answer_heads : bool
         Whether every target also has a linear head on the last state (`AnswerHeads`).
     windows_per_prompt : int
@@ -88,7 +88,7 @@ class AVQLMConfig(PreTrainedConfig):
     eofc_token_id: int = 0
     fmri_input: str = "codes"
     scan_summary: bool = False
-    summary_dropout: float = 0.0
+    summary_noise: float = 0.0
     answer_heads: bool = False
     windows_per_prompt: int = 1
     prompts_per_scan: int = 1
@@ -114,9 +114,9 @@ class AVQLMConfig(PreTrainedConfig):
             raise ConfigurationError(
                 "AVQLMConfig.scan_summary needs a connectome_config: it sums up the connectivity."
             )
-        if not 0 <= self.summary_dropout < 1:
+        if not self.summary_noise >= 0:
             raise ConfigurationError(
-                f"AVQLMConfig.summary_dropout must lie in [0, 1), found {self.summary_dropout!r}."
+                f"AVQLMConfig.summary_noise must be at least 0, found {self.summary_noise!r}."
             )
         if self.answer_heads and not self.targets:
             raise ConfigurationError("AVQLMConfig.answer_heads needs targets: one head for each.")

@@ -55,7 +55,7 @@ class AVQLMForConditionalGeneration(ScanInputs, PreTrainedModel, GenerationMixin
         if config.answer_heads:
             self.heads = AnswerHeads(config.targets, width)
         if config.scan_summary:
-            self.summary = ScanSummary(config.connectome_config, width, config.summary_dropout)
+            self.summary = ScanSummary(config.connectome_config, width, config.summary_noise)
         self.post_init()
         self.train(self.training)
 

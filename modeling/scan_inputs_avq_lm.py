@@ -76,9 +76,7 @@ class ScanInputs:
         """
         self.block(stream)  # refuses what there is none of
         if stream == "fc":
-            codec = self.connectome
-            inputs = codec._prepare(values, region_coordinates, region_mask)
-            return codec._encode(*inputs, codec._mean(None, inputs[1])).float()
+            return self.connectome.encode(values, region_coordinates, region_mask).latents.float()
         inputs = self.avq._prepare(values, region_coordinates, region_mask, time_mask)
         return self.avq._encode(*inputs)[0].float()
 

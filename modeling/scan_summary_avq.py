@@ -1,9 +1,10 @@
 """One vector that says what all tokens of a scan's connectivity hold together."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+
+SIZE = 10.0  # length of a typical scan's values as the map reads them
 
 
 class ScanSummary(nn.Module):
@@ -20,7 +21,8 @@ class ScanSummary(nn.Module):
     * one scale for all of them, so the loud components, where people truly differ, are learnt first
       and the quiet ones hardly: what the penalty of a ridge regression does;
     * it starts at zero: before training the scan is read by its tokens alone;
-    * whole tokens are dropped in training (Srivastava et al. 2014), so no single one is trusted.
+    * noise in training, fresh at every step, keeps it from learning people by heart: the same
+      penalty once more (Bishop 1995), and the one that helped most.
 
     Parameters
     ----------
@@ -28,16 +30,18 @@ class ScanSummary(nn.Module):
         Of the connectivity codec.
     width : int
         Of the language model's embeddings.
-    dropout : float
-        Share of tokens dropped in training.
+    noise : float
+        Standard deviation of the noise in training, in units of the values' root mean square.
     """
 
-    def __init__(self, config, width: int, dropout: float = 0.0):
+    def __init__(self, config, width: int, noise: float = 0.0):
         super().__init__()
-        self.dropout = dropout
+        self.noise = noise
         self.map = nn.Linear(config.num_tokens * (config.code_dim - 1), width, bias=False)
         self.register_buffer("mean", torch.zeros(config.num_tokens, config.code_dim - 1))
         self.register_buffer("scale", torch.ones(()))
+        used = torch.ones(config.num_tokens, config.code_dim - 1, dtype=torch.bool)
+        self.register_buffer("used", used)
         self.register_buffer("gain", torch.ones(()))
 
     def reset(self):
@@ -46,6 +50,7 @@ class ScanSummary(nn.Module):
         init.zeros_(self.mean)
         init.ones_(self.scale)
         init.ones_(self.gain)
+        init.ones_(self.used)
 
     @staticmethod
     def values(vectors):
@@ -69,7 +74,8 @@ class ScanSummary(nn.Module):
         values = self.values(vectors)
         self.mean.copy_(values.mean(0))
         spread = (values - self.mean).square().sum((1, 2)).mean().sqrt()
-        self.scale.copy_(spread.clamp(min=1e-6) / 10)
+        self.scale.copy_(spread.clamp(min=1e-6) / SIZE)
+        self.used.copy_((values != values[:1]).any(0))
         self.gain.fill_(row_size)
 
     def forward(self, vectors, known=None):
@@ -80,7 +86,7 @@ class ScanSummary(nn.Module):
         values = (self.values(vectors) - self.mean) / self.scale
         if known is not None:
             values = values.masked_fill(~known[..., None], 0.0)
-        if self.training and self.dropout:
-            kept = F.dropout(torch.ones_like(values[..., :1]), self.dropout, training=True)
-            values = values * kept
+        if self.training and self.noise:
+            size = self.noise * SIZE / self.used.sum().sqrt()
+            values = values + size * self.used * torch.randn_like(values)
         return self.gain * self.map(values.flatten(1).to(self.map.weight))

@@ -33,7 +33,7 @@ from .callbacks import (
 )
 from .collators import draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
-from .lm_readouts import choose_readouts, head_loss, start_heads, validate
+from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 
 
@@ -50,10 +50,11 @@ class LMArguments:
     connectome: str = ""
     fmri_input: str = "codes"
     scan_summary: bool = False
-    summary_dropout: float = 0.0
     summary_noise: float = 0.0
     answer_heads: bool = False
     head_weight: float = 1.0
+    class_weight: float = 1.0
+    balance_classes: bool = False
     keep: str = "best"
     fold: int = 0
     windows_per_prompt: int = 1
@@ -134,7 +135,7 @@ def build_model(
         targets=targets,
         fmri_input=arguments.fmri_input,
         scan_summary=arguments.scan_summary,
-        summary_dropout=arguments.summary_dropout,
+        summary_noise=arguments.summary_noise,
         answer_heads=arguments.answer_heads,
     )
     needed = arguments.windows_per_prompt * (codec.config.tokens_per_window + 1) + 64
@@ -150,25 +151,14 @@ def build_model(
 
 
 @torch.no_grad()
-def start_summary(model: AVQLMForConditionalGeneration, matrices) -> float:
-    """Give the summary what training scans hold; the size of the quantiser's error in a value.
-
-    `matrices` are the codes (tokens,) of training scans, or what they were before.
-    """
-    codec = model.connectome
-    table = codec.quantizer.codebook
+def start_summary(model: AVQLMForConditionalGeneration, matrices) -> None:
+    """Tell the summary what training scans hold: codes (tokens,), or what they were before."""
+    table = model.connectome.quantizer.codebook
     vectors = torch.from_numpy(np.stack(matrices)).to(table.device)
-    error = 0.0
-    if vectors.dtype.is_floating_point:
-        nearest = table[codec.quantizer(vectors, update=False).codes]
-        anchor = vectors[..., -1:]
-        rounded = model.summary.values(nearest) * anchor
-        error = float((vectors[..., :-1] - rounded).square().mean().sqrt())
-    else:
+    if not vectors.dtype.is_floating_point:
         vectors = table[vectors]
     rows = model.get_input_embeddings().weight[: model.config.bof_token_id]
     model.summary.start(vectors, float(rows.square().mean().sqrt()))
-    return error
 
 
 def main(argv: list[str]) -> int:
@@ -224,9 +214,8 @@ def train(arguments: LMArguments, run: Run) -> int:
     )
     rows = RowBuilder(processor, arguments.number_sd)
 
-    noise = 0.0
     if model.summary is not None:
-        noise = start_summary(model, matrices) * arguments.summary_noise
+        start_summary(model, matrices)
     if model.heads is not None:
         start_heads(model, people.loc[scans.subject_ids])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -278,6 +267,9 @@ def train(arguments: LMArguments, run: Run) -> int:
     raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(model)
     model.train()
     placeholder = processor.tokenizer.fmri_token_id
+    weights = class_weights(
+        people.loc[scans.subject_ids], targets, arguments.class_weight, arguments.balance_classes
+    )
 
     def batch_at(step: int, attempt: int, excluded: set[int]):
         """Rows of one step: different subjects, random windows of each, every target."""
@@ -289,7 +281,12 @@ def train(arguments: LMArguments, run: Run) -> int:
             picked = rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)
             subject = scans.subject_ids[scan]
             asked = [
-                Answer(target["question"], target, people.at[subject, target["name"]])
+                Answer(
+                    target["question"],
+                    target,
+                    people.at[subject, target["name"]],
+                    weights.get((target["name"], str(people.at[subject, target["name"]])), 1.0),
+                )
                 for target in targets
                 if people[target["name"]].notna()[subject]
             ]
@@ -306,10 +303,6 @@ def train(arguments: LMArguments, run: Run) -> int:
         batch["latents"] = scan_arguments(
             np.stack(codes[mine]), None if more is None else np.stack(more)
         )
-        if noise and "connectivity_latents" in batch["latents"]:
-            latents = batch["latents"]["connectivity_latents"]
-            drawn = rng.standard_normal(latents[..., :-1].shape, dtype=np.float32)
-            latents[..., :-1] += noise * torch.from_numpy(drawn)
         # Some codes are hidden, so that no single code can be learned by heart as somebody's.
         ids = batch["input_ids"]
         is_code = torch.zeros_like(ids, dtype=torch.bool)

@@ -16,6 +16,22 @@ def start_heads(model, people) -> None:
     model.heads.start(numbers)
 
 
+def class_weights(people, targets, weight: float, balanced: bool) -> dict[tuple[str, str], float]:
+    """What an answer of each (target, class) counts in the loss: `weight` on average over people.
+
+    `balanced`: in all, every class counts the same, as the classifiers beside it do it.
+    """
+    found = {}
+    for target in targets:
+        if target["kind"] != "class":
+            continue
+        counts = people[target["name"]].dropna().astype(str).value_counts()
+        for name, count in counts.items():
+            share = counts.sum() / (len(counts) * count) if balanced else 1.0
+            found[target["name"], str(name)] = weight * float(share)
+    return found
+
+
 def head_loss(heads, states, asked) -> torch.Tensor:
     """Mean over targets of the heads' losses at `states` (answers, width) of `asked` Answers."""
     losses = []
@@ -27,7 +43,8 @@ def head_loss(heads, states, asked) -> torch.Tensor:
         if target["kind"] == "class":
             values = [target["classes"].index(str(value)) for value in values]
         truth = torch.tensor(values, device=states.device)
-        losses.append(heads.loss(states[mine], name, truth))
+        weights = torch.tensor([asked[k].weight for k in mine], device=states.device)
+        losses.append((weights * heads.loss(states[mine], name, truth)).mean())
     return torch.stack(losses).mean()
 
 
@@ -36,7 +53,8 @@ def validate(
 ) -> dict[str, float]:
     """Error of every readout on the validation subjects.
 
-    Numbers: mean absolute error. Classes: share of wrong answers, and log loss in nats.
+    Numbers: mean absolute error. Classes: share of wrong answers, and log loss
+    in nats, every class counting the same.
     """
     model.eval()
     scores = {}
@@ -57,8 +75,9 @@ def validate(
         places = np.array([target["classes"].index(str(value)) for value in truth[known]])
         for readout in _readouts(model, target):
             shares = answers.classes({**target, "readout": readout})[known]
-            taken = np.clip(shares[np.arange(len(places)), places], 1e-9, None)
-            scores[f"eval_log_loss_{name}_{readout}"] = float(-np.log(taken).mean())
+            taken = -np.log(np.clip(shares[np.arange(len(places)), places], 1e-9, None))
+            by_class = [taken[places == place].mean() for place in np.unique(places)]
+            scores[f"eval_log_loss_{name}_{readout}"] = float(np.mean(by_class))
             found[readout] = float((shares.argmax(1) != places).mean())
         scores[f"eval_error_{name}"] = min(found.values())
     model.train()

@@ -24,11 +24,14 @@ class Answer:
         Says what answers are valid, as in `AVQLMConfig.targets`.
     value : float or str
         The true number or class.
+    weight : float
+        What it counts in the loss.
     """
 
     question: str
     target: dict[str, Any]
     value: Any
+    weight: float = 1.0
 
 
 def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[str, Any]]:
@@ -184,7 +187,7 @@ class RowBuilder:
         """
         if answer.target["kind"] == "class":
             reply = self._answer_ids(str(answer.value))
-            return reply, [([token], [1.0]) for token in reply]
+            return reply, [([token], [answer.weight]) for token in reply]
         low, high = answer.target["minimum"], answer.target["maximum"]
         value = min(max(float(answer.value), low), high)
         reply = self._answer_ids(str(round(value)))
