@@ -87,6 +87,6 @@ class ScanSummary(nn.Module):
         if known is not None:
             values = values.masked_fill(~known[..., None], 0.0)
         if self.training and self.noise:
-            size = self.noise * SIZE / self.used.sum().sqrt()
+            size = self.noise * SIZE / self.used.sum().clamp(min=1).sqrt()
             values = values + size * self.used * torch.randn_like(values)
         return self.gain * self.map(values.flatten(1).to(self.map.weight))

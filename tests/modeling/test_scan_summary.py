@@ -53,7 +53,8 @@ def test_the_summary_is_a_linear_map_added_to_the_closing_marker(
     hook.remove()
     added = seen[0] - seen[1]
     where = inputs["input_ids"] == model.config.eofc_token_id
-    assert where.sum() == 1 and not added[~where].any()
+    assert where.sum() == 1
+    assert not added[~where].any()
     out = model.connectome.encode(inputs["connectivity"])
     vectors = out.quantized if mode == "codes" else out.latents
     values = vectors[..., :-1] / vectors[..., -1:]

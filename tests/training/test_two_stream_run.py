@@ -1,6 +1,7 @@
 """`train lm` with the connectivity stream: rows, prompts, predictions, and connectivity alone."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from cortexicon.inference.predict import encode_prompts, predict_cohort
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor
 from cortexicon.training import TrainingError, lm
+from cortexicon.training.lm_readouts import class_weights
 
 from .conftest import lm_values, write_yaml
 
@@ -77,6 +79,51 @@ def test_connectivity_alone(two_stream_run, subjects, tmp_path):
     inputs = processor(text="Age?", fmri=scan.values, region_labels=scan.labels)
     model = AVQLMForConditionalGeneration.from_pretrained(tmp_path / "lm")
     assert model.generate(**inputs, max_new_tokens=1).shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+@pytest.mark.parametrize("mode", ["codes", "features"])
+def test_summary_and_heads_are_trained_and_a_readout_is_chosen(
+    two_stream_run, subjects, tmp_path, mode
+):
+    values = {
+        **lm_values(two_stream_run),
+        "output": str(tmp_path / "lm"),
+        "connectome": str(two_stream_run / "connectome"),
+        "fmri_input": mode,
+        "scan_summary": True,
+        "summary_noise": 0.4,
+        "answer_heads": True,
+        "balance_classes": True,
+        "keep": "last",
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "max_steps": 4,
+        "eval_steps": 2,
+    }
+    assert lm.main([write_yaml(tmp_path / "lm.yaml", values)]) == 0
+    model = AVQLMForConditionalGeneration.from_pretrained(tmp_path / "lm")
+    assert model.summary.map.weight.abs().max() > 0
+    assert model.summary.scale != 1
+    assert model.heads.out.weight.abs().max() > 0
+    readouts = {target["kind"]: target["readout"] for target in model.config.targets}
+    assert readouts["number"] in ("expectation", "mode", "head")
+    cohort = load_cohort(two_stream_run / "cohort")
+    first = predict_cohort(tmp_path / "lm", cohort, subjects, quiet=True)
+    for target in model.config.targets:
+        target["readout"] = "head"
+    model.save_pretrained(tmp_path / "lm")
+    second = predict_cohort(tmp_path / "lm", cohort, subjects, quiet=True)
+    for table in (first, second):
+        ages = table.loc[table["target"] == "age", "y_hat"].astype(float)
+        assert ages.between(*[model.config.targets[0][key] for key in ("minimum", "maximum")]).all()
+
+
+def test_balanced_classes_count_the_same():
+    people = pd.DataFrame({"sex": ["F", "M", "M", "M", None]})
+    targets = [{"name": "sex", "kind": "class"}, {"name": "age", "kind": "number"}]
+    weights = class_weights(people, targets, 2.0, True)
+    assert weights == {("sex", "F"): 4.0, ("sex", "M"): pytest.approx(4 / 3)}
+    assert class_weights(people, targets, 2.0, False) == {("sex", "F"): 2.0, ("sex", "M"): 2.0}
 
 
 def test_prompts_of_nothing_are_refused(two_stream_run, tmp_path):
