@@ -29,6 +29,7 @@ from .faults import (
     locked,
     of_all_processes,
     on_main_process,
+    refuse_divided_models,
     sync,
     write_text_whole,
 )
@@ -225,6 +226,7 @@ def begin_run(arguments: Any, mixed_precision: str = "no") -> Iterator[Run]:
     output = Path(arguments.output)
     if mixed_precision not in ("no", "bf16"):
         raise TrainingError(f"mixed_precision must be no or bf16, found {mixed_precision!r}.")
+    refuse_divided_models()
     accelerator = Accelerator(
         cpu=arguments.cpu or not torch.cuda.is_available(),
         mixed_precision=mixed_precision,

@@ -50,6 +50,24 @@ class RefusedBatchWarning(UserWarning):
 # ------------------------------------------------------------------ all processes together
 
 
+def refuse_divided_models() -> None:
+    """Refuse launchers that divide a model among processes.
+
+    NOTE: the scripts save what one process holds, and codebooks are buffers that every process
+    updates alike. Under FSDP a checkpoint would hold one process's share, and nothing would say so.
+
+    Raises
+    ------
+    TrainingError
+    """
+    for kind in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "false").lower() == "true":
+            raise TrainingError(
+                f"expected a launcher that gives every process the whole model, found {kind}. "
+                "Take configs/accelerate/many_gpus.yaml, or the plain Trainer (docs/cluster.md)."
+            )
+
+
 def of_all_processes(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Elementwise largest of `values` (any shape) over the processes; all must ask together."""
     if accelerator.num_processes == 1:
