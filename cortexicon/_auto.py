@@ -23,7 +23,7 @@ _OWN_ROOMS = ("cortexicon.modeling", "cortexicon.tokenization")
 
 
 def register_auto_classes() -> None:
-    """Make the Auto classes of transformers know the AVQ codec and the AVQ language model.
+    """Make transformers' Auto classes and pipelines know the AVQ codec and language model.
 
     Safe to call more than once. An error inside one of the rooms is not caught.
     """
@@ -36,6 +36,7 @@ def register_auto_classes() -> None:
         AutoTokenizer,
     )
 
+    from cortexicon import _pipeline
     from cortexicon.modeling import (
         AVQConfig,
         AVQConnectomeConfig,
@@ -65,6 +66,7 @@ def register_auto_classes() -> None:
     AutoModel.register(AVQConnectomeConfig, AVQConnectomeModel, exist_ok=True)
     AutoModel.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
     AutoModelForMultimodalLM.register(AVQLMConfig, AVQLMForConditionalGeneration, exist_ok=True)
+    _pipeline.register()
 
 
 def install() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import __version__, _space
+from cortexicon import __version__, _predict, _space
 from cortexicon._parser_data import add_data_commands
 
 
@@ -89,12 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--atlas", default=None, help="its name; needed with --regions")
 
-    command = commands.add_parser("predict", help="clinical answers of an LLM checkpoint")
-    command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
-    command.add_argument("cohort", metavar="COHORT", type=Path)
-    command.add_argument("--out", type=Path, required=True, help="predictions file to write (CSV)")
-    command.add_argument("--targets", nargs="+", default=None, help="columns; default: all trained")
-    _add_part(command)
+    _predict.add_parser(commands, _add_part)
 
     command = commands.add_parser("evaluate", help="score a checkpoint on a cohort")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

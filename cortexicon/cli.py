@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortexicon import _doctor, _fetch, _other_atlases, _prepare, _space
+from cortexicon import _doctor, _fetch, _other_atlases, _predict, _prepare, _space
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -83,7 +83,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "ablate": _ablate,
         "encode": _encode,
         "decode": _decode,
-        "predict": _predict,
+        "predict": _predict.run,
         "evaluate": _evaluate,
         "reconstruction": _reconstruction,
         "cross-atlas": _cross_atlas,
@@ -249,24 +249,6 @@ def _is_connectome(folder: Path) -> bool:
     from cortexicon.inference.connectome import is_connectome
 
     return is_connectome(folder)
-
-
-def _predict(arguments: argparse.Namespace) -> None:
-    from cortexicon.cohorts import load_cohort
-    from cortexicon.inference.predict import predict_cohort
-
-    cohort = load_cohort(arguments.cohort)
-    table = predict_cohort(
-        arguments.checkpoint,
-        cohort,
-        subject_ids=chosen(arguments, cohort),
-        targets=arguments.targets,
-    )
-    table["fold"] = arguments.fold
-    table["part"] = arguments.part if arguments.split is not None else "all"
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    table.to_csv(arguments.out, index=False)
-    print(f"{len(table)} predictions -> {arguments.out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

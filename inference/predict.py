@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from cortexicon.cohorts import Cohort, CohortError, ParcelSeries
 from cortexicon.modeling import AVQLMForConditionalGeneration
-from cortexicon.tokenization import AVQFeatureExtractor, TokenizationError
+from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, TokenizationError
 
 from .answers import pooled_answers
 from .checkpoints import load_checkpoint
@@ -188,6 +188,30 @@ def connectivity_codes(
     return (ids - model.block("fc")[0])[0].cpu().numpy()
 
 
+class LanguageCheckpoint(NamedTuple):
+    """A language model of codes and its processor, ready to answer."""
+
+    model: AVQLMForConditionalGeneration
+    processor: AVQProcessor
+
+
+def load_language_model(folder: str | Path) -> LanguageCheckpoint:
+    """Load the checkpoint of a language model.
+
+    Raises
+    ------
+    InferenceError
+        As `load_checkpoint`; the folder holds a codec.
+    """
+    loaded = load_checkpoint(folder)
+    if not isinstance(loaded.model, AVQLMForConditionalGeneration):
+        raise InferenceError(
+            f"{folder} is a codec and answers no questions. "
+            "Give the folder that `cortexicon train lm` wrote."
+        )
+    return LanguageCheckpoint(loaded.model, loaded.processor)
+
+
 def predict_cohort(
     checkpoint: str | Path,
     cohort: Cohort,
@@ -220,12 +244,7 @@ def predict_cohort(
     InferenceError
         Not a language model, or a target that it was not trained to answer.
     """
-    loaded = load_checkpoint(checkpoint)
-    if not isinstance(loaded.model, AVQLMForConditionalGeneration):
-        raise InferenceError(
-            f"{checkpoint} is a codec and answers no questions. "
-            "Give the folder that `cortexicon train lm` wrote."
-        )
+    loaded = load_language_model(checkpoint)
     config = loaded.model.config
     known = {target["name"]: target for target in config.targets or []}
     chosen = list(known) if targets is None else list(targets)

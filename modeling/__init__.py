@@ -5,6 +5,7 @@ from .configuration_avq_connectome import AVQConnectomeConfig
 from .configuration_avq_lm import AVQLMConfig
 from .configuration_fmri_mae import FMRIMAEConfig
 from .configuration_fmri_prefix_lm import FMRIPrefixLMConfig
+from .generation_avq_lm import AnswersOnly, CodesOnly
 from .modeling_avq import AVQModel
 from .modeling_avq_connectome import AVQConnectomeModel, fisher_z_matrices
 from .modeling_avq_lm import AVQLMForConditionalGeneration
@@ -30,6 +31,8 @@ __all__ = [
     "AVQLMForConditionalGeneration",
     "AVQModel",
     "AVQOutput",
+    "AnswersOnly",
+    "CodesOnly",
     "ConfigurationError",
     "FMRIMAEConfig",
     "FMRIMAEEncoderOutput",

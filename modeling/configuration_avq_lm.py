@@ -60,7 +60,9 @@ class AVQLMConfig(PreTrainedConfig):
         What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or
         "class") and either `minimum` and `maximum` (integers) or `classes` (list of str), and
         `readout`, the one chosen on validation subjects: "expectation", "mode" or "head" of a
-        number, "options" or "head" of a class.
+        number, "options" or "head" of a class. Numbers may have an `interval` (`half_width`,
+        `coverage`) from errors on validation subjects; a target that was trained with several
+        wordings lists them as `paraphrases`.
 
     Raises
     ------

@@ -1,22 +1,27 @@
 """A causal language model whose vocabulary holds fMRI codes: it reads, answers and writes them."""
 
 import inspect
+from typing import ClassVar
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.pytorch_utils import Conv1D
 
 from .answer_heads_avq_lm import AnswerHeads
 from .configuration_avq import ConfigurationError
 from .configuration_avq_lm import AVQLMConfig
+from .generation_avq_lm import ConstrainedGeneration
 from .modeling_avq import AVQModel, tensor_sha256
 from .modeling_avq_connectome import AVQConnectomeModel
 from .scan_inputs_avq_lm import SCAN_INPUTS, ScanInputs
 from .scan_summary_avq import ScanSummary
 
 
-class AVQLMForConditionalGeneration(ScanInputs, PreTrainedModel, GenerationMixin):
+class AVQLMForConditionalGeneration(
+    ScanInputs, ConstrainedGeneration, PreTrainedModel, GenerationMixin
+):
     """An `AVQModel` and any causal language model over one vocabulary of text and codes.
 
     Tricks used, one line each:
@@ -42,6 +47,9 @@ class AVQLMForConditionalGeneration(ScanInputs, PreTrainedModel, GenerationMixin
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _supports_sdpa = True
+    # NOTE: none of its own, but a mapping: only then does peft look for those of the language
+    # model, and an adapter that trains single rows keeps input and output tied.
+    _tied_weights_keys: ClassVar[dict[str, str]] = {}
 
     def __init__(self, config: AVQLMConfig):
         super().__init__(config)
@@ -238,6 +246,40 @@ class AVQLMForConditionalGeneration(ScanInputs, PreTrainedModel, GenerationMixin
             # prompt either way.
             inputs, kwargs = None, {"input_ids": input_ids, **kwargs, **placed}
         return super().generate(inputs, **kwargs)
+
+    def lora_arguments(self, rank: int = 8, dropout: float = 0.0) -> dict:
+        """Arguments of a `peft.LoraConfig`: all linear layers of the LLM and the markers' rows.
+
+        The markers are the only new tokens whose rows begin at random; rows of codes stay
+        P(codebook). `peft` trains single rows (`trainable_token_indices`), so that the adapter
+        stays small and a merged model keeps its ties. Save it with
+        ``save_pretrained(folder, save_embedding_layers=False)``.
+        """
+        config = self.config
+        linear = tuple(
+            name
+            for name, module in self.language_model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D))
+            and module is not self.language_model.get_output_embeddings()
+        )
+        table = self.language_model.get_input_embeddings()
+        (path,) = (name for name, module in self.named_modules() if module is table)
+        markers = {
+            config.bof_token_id,
+            config.eof_token_id,
+            config.sep_token_id,
+            config.bofc_token_id,
+            config.eofc_token_id,
+        }
+        first = next(iter(self.language_model.get_submodule(name) for name in linear))
+        return {
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": dropout,
+            "target_modules": [f"language_model.{name}" for name in linear],
+            "trainable_token_indices": {path: sorted(markers)},
+            "fan_in_fan_out": isinstance(first, Conv1D),
+        }
 
     def train(self, mode: bool = True):
         """Training mode for the language model only: the codecs must not move."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.inference import load_connectome
-from cortexicon.inference.answers import scan_arguments
+from cortexicon.inference.answers import prompt_rows, scan_arguments
 from cortexicon.inference.predict import connectivity_codes, encode_prompts, encoded_windows
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor, AVQTokenizer
@@ -33,8 +33,12 @@ from .callbacks import (
 )
 from .collators import draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
+from .leaks import refuse_leaks
 from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
+
+# People whose prompts are searched for leaks before training starts.
+_PEOPLE_SEARCHED = 200
 
 
 @dataclass
@@ -212,6 +216,7 @@ def train(arguments: LMArguments, run: Run) -> int:
         arguments.windows_per_prompt,
         quiet=not main_process,
     )
+    _search_leaks(processor, scans, windows, matrices, targets, people, arguments)
     rows = RowBuilder(processor, arguments.number_sd)
 
     if model.summary is not None:
@@ -379,6 +384,19 @@ def train(arguments: LMArguments, run: Run) -> int:
             f"best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
         )
     return 0
+
+
+def _search_leaks(processor, scans, windows, matrices, targets, people, arguments) -> None:
+    """Refuse to train on prompts that tell more than a scan's codes."""
+    count, prompts = arguments.windows_per_prompt, {}
+    for target in targets:
+        rows = {}
+        for scan, subject in enumerate(scans.subject_ids[:_PEOPLE_SEARCHED]):
+            codes = windows.codes[np.resize(windows.of_scan[scan], count)][None]
+            more = None if matrices is None else matrices[scan][None]
+            rows[subject] = prompt_rows(processor, codes, more, target["question"])[0]
+        prompts[target["question"]] = rows
+    refuse_leaks(prompts, processor.tokenizer, people)
 
 
 def best_so_far(path: Path, key: str) -> float:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from cortexicon.inference.answers import pooled_answers
+from cortexicon.inference.ask import COVERAGE, half_width
 
 
 def start_heads(model, people) -> None:
@@ -68,7 +69,11 @@ def validate(
             wanted = truth[known].to_numpy(dtype=float)
             for readout in _readouts(model, target):
                 values = answers.numbers({**target, "readout": readout})[known]
-                found[readout] = float(np.abs(values - wanted).mean())
+                errors = np.abs(values - wanted)
+                found[readout] = float(errors.mean())
+                width = half_width(errors)
+                if width is not None:
+                    scores[f"eval_half_width_{name}_{readout}"] = width
                 scores[f"eval_mae_{name}_{readout}"] = found[readout]
             scores[f"eval_mae_{name}"] = min(found.values())
             continue
@@ -90,10 +95,17 @@ def _readouts(model, target) -> list[str]:
 
 
 def choose_readouts(model, scores: dict[str, float]) -> None:
-    """Set each target's readout to the best one on validation subjects."""
+    """Set each target's readout to the best one on validation subjects.
+
+    A number's interval is as wide as their errors say. They chose the readout, and perhaps the
+    checkpoint, so that it may be somewhat narrow for others.
+    """
     for target in model.config.targets:
         loss = "mae" if target["kind"] == "number" else "log_loss"
         target["readout"] = min(
             _readouts(model, target),
             key=lambda readout: scores[f"eval_{loss}_{target['name']}_{readout}"],
         )
+        width = scores.get(f"eval_half_width_{target['name']}_{target['readout']}")
+        if width is not None:
+            target["interval"] = {"coverage": COVERAGE, "half_width": width}

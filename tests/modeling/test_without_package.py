@@ -72,8 +72,8 @@ def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_
     if name == "lm":
         stream = ("configuration", "components", "outputs", "modeling")
         needed |= {f"{part}_avq_connectome" for part in stream}
-        needed |= {"configuration_avq_lm", "modeling_avq_lm", "scan_inputs_avq_lm"}
-        needed |= {"scan_summary_avq", "answer_heads_avq_lm"}
+        needed |= {"configuration_avq_lm", "generation_avq_lm", "modeling_avq_lm"}
+        needed |= {"scan_inputs_avq_lm", "scan_summary_avq", "answer_heads_avq_lm"}
     assert shipped == {f"{stem}.py" for stem in needed}
     assert set(json.loads((tmp_path / "config.json").read_text())["auto_map"]) == {
         "AutoConfig",
