@@ -11,7 +11,7 @@ import cortexicon  # noqa: F401  (AutoModel learns of the codec)
 from cortexicon.cohorts import load_cohort
 
 checkpoint, cohort = sys.argv[1:3]
-model = AutoModel.from_pretrained(checkpoint)
+model = AutoModel.from_pretrained(checkpoint).requires_grad_(False)
 processor = AutoProcessor.from_pretrained(checkpoint)
 scan = next(iter(load_cohort(cohort)))
 inputs = processor(fmri=scan.values, tr=scan.tr, region_labels=scan.labels)

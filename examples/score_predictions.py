@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
     metric = evaluate.load(str(METRIC))
     for system, table in rows.groupby("system"):
         scores = metric.compute(
-            predictions=table["y_hat"].astype(float), references=table["y"].astype(float)
+            predictions=table["y_hat"].astype(float).tolist(),
+            references=table["y"].astype(float).tolist(),
         )
         low, high = scores["mae_interval"]
         print(

@@ -28,15 +28,14 @@ from cortexicon.inference import (
     fit_to_atlas,
     reconstruct_cohort,
 )
-from cortexicon.inference.examination import examine
-from cortexicon.inference.predict import (
-    PromptCodes,
-    answer_probabilities,
+from cortexicon.inference.answers import (
     answers_of,
-    encode_prompts,
+    pooled_answers,
     prompt_rows,
-    read_numbers,
+    scan_arguments,
 )
+from cortexicon.inference.examination import examine
+from cortexicon.inference.predict import PromptCodes, encode_prompts
 from cortexicon.tokenization import TokenizationError
 
 from .space_limits import MAX_NUMBERS, SpaceError, check_file, check_question
@@ -252,26 +251,26 @@ def ask(reading: ScanReading, question: str) -> SpaceAnswer:
 
 def _trained_answer(checkpoint: Checkpoint, prompts: PromptCodes, target: dict) -> SpaceAnswer:
     """The pooled answer to a question of the training."""
-    codes, connectivity = prompts.flat
-    probabilities, _ = answer_probabilities(
-        checkpoint.model, checkpoint.processor, codes, target, connectivity=connectivity
-    )
-    pooled, options = probabilities.mean(axis=0), answers_of(target)
+    answers = pooled_answers(checkpoint.model, checkpoint.processor, prompts, target)
+    options, question = answers_of(target), target["question"]
     if target["kind"] == "number":
-        number = float(read_numbers(pooled[None], target)[0])
-        shares = np.cumsum(pooled / pooled.sum())
-        low, high = (options[int(np.searchsorted(shares, edge))] for edge in INTERVAL)
+        number, shares = float(answers.numbers(target)[0]), answers.probabilities[0]
+        passed = np.cumsum(shares / shares.sum())
+        low, high = (options[int(np.searchsorted(passed, edge))] for edge in INTERVAL)
         text = f"{number:.0f} (80 % of the answer's probability lies from {low} to {high})"
-        return SpaceAnswer(target["question"], text, options, pooled, number)
-    best = int(pooled.argmax())
-    text = f"{options[best]} ({pooled[best] / pooled.sum():.0%})"
-    return SpaceAnswer(target["question"], text, options, pooled, None)
+        return SpaceAnswer(question, text, options, shares, number)
+    shares = answers.classes(target)[0]
+    best = int(shares.argmax())
+    text = f"{options[best]} ({shares[best] / shares.sum():.0%})"
+    return SpaceAnswer(question, text, options, shares, None)
 
 
 def _free_answer(checkpoint: Checkpoint, prompts: PromptCodes, question: str) -> SpaceAnswer:
     """What the model writes after a question it was not trained on: text only."""
     processor, model = checkpoint.processor, checkpoint.model
-    ids = prompt_rows(processor, *prompts.flat, question)[0]
+    codes, connectivity = prompts.flat
+    codes, connectivity = codes[:1], None if connectivity is None else connectivity[:1]
+    ids = prompt_rows(processor, codes, connectivity, question)[0]
     room = getattr(model.config.text_config, "max_position_embeddings", len(ids) + ANSWER_TOKENS)
     if len(ids) + ANSWER_TOKENS > room:
         raise SpaceError(f"The question is too long: {len(ids) + ANSWER_TOKENS - room} tokens.")
@@ -282,6 +281,7 @@ def _free_answer(checkpoint: Checkpoint, prompts: PromptCodes, question: str) ->
         max_new_tokens=ANSWER_TOKENS,
         do_sample=False,
         suppress_tokens=list(range(first, model.get_input_embeddings().num_embeddings)),
+        **scan_arguments(codes, connectivity),
     )[0, len(ids) :]
     text = processor.tokenizer.decode(written, skip_special_tokens=True).partition("\n")[0].strip()
     return SpaceAnswer(question, text or "(nothing)", [], np.zeros(0), None)

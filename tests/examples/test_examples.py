@@ -118,7 +118,7 @@ def test_a_bids_folder_becomes_a_cohort(run, capsys, monkeypatch, tmp_path):
         capsys, monkeypatch, "prepare_a_bids_folder.py", "--output", tmp_path, "--subjects", 3
     )
     assert f"2 scans x 28 regions -> {tmp_path / 'cohort'}" in printed
-    (left_out,) = re.findall(r"left out 03: (.*)", printed)
+    (left_out,) = re.findall(r"left out sub-03: (.*)", printed)
     assert "sub-03" in left_out
     assert "truncated" in left_out
     assert (tmp_path / "cohort" / "quality.tsv").is_file()
