@@ -3,18 +3,24 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCardData
+import yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+)
 
-_TEMPLATE = "checkpoint.md.jinja"
+import cortexicon
 
+from .errors import CardError
 
-class CardError(ValueError):
-    """Facts that cannot be put on a card; the text names the fact."""
+KINDS = ("avq", "avq_lm", "avq_connectome")
 
 
 def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
@@ -23,7 +29,8 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     Parameters
     ----------
     folder : path
-        An AVQ or AVQ-LM checkpoint; its config.json gives sizes, layout and atlas.
+        A checkpoint of a codec, of either stream, or of a language model; its config.json gives
+        sizes, layout and atlas.
     facts : mapping
         ``title`` : str.
         ``cohort`` : mapping with ``name``, ``simulated`` (bool), ``num_training_scans`` and
@@ -31,8 +38,13 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         ``training`` : mapping with ``command``, ``seconds``, ``seed``, ``versions`` (name to
         version) and ``commit`` (None outside a repository).
         ``scores`` : list of mappings with ``metric``, ``value``, ``unit``, ``part``,
-        ``num_subjects`` and ``command``; may be empty, and the card then says so.
+        ``num_subjects`` and ``command``, and optionally ``interval`` ([low, high]) and ``beside``
+        (baselines and chance: mappings with ``system``, ``value`` and optionally ``interval``);
+        may be empty, and the card then says so.
         ``license`` : str, as the Hub spells it.
+        Optional: ``data`` (fields of `DataFacts`), ``groups`` (list of mappings with ``metric``,
+        ``part``, ``smallest`` and ``rows`` of ``by``, ``group``, ``num_subjects``, ``value``,
+        ``interval``), ``repository``, ``revision``, ``privacy`` (str).
 
     Returns
     -------
@@ -46,8 +58,63 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     """
     folder = Path(folder)
     config = _config(folder)
-    codec = config["avq_config"] if config["model_type"] == "avq_lm" else config
     scores = [_score(score) for score in facts.get("scores", ())]
+    optional = {"data": None, "groups": [], "repository": None, "revision": None, "privacy": None}
+    try:
+        body = render(
+            "checkpoint.md.jinja",
+            {
+                **optional,
+                **facts,
+                "scores": scores,
+                "kind": config["model_type"],
+                "codec": config.get("avq_config", config),
+                "lm": config if config["model_type"] == "avq_lm" else None,
+            },
+        )
+        header = _header(facts, scores)
+    except KeyError as error:
+        raise CardError(f"{folder}: {_missing(error)}") from error
+    except CardError as error:
+        raise CardError(f"{folder}: {error}") from error
+    return write_whole(folder / "README.md", f"---\n{header}\n---\n\n{body}")
+
+
+def write_eval_results(folder: Path, facts: Mapping[str, Any], dataset: str) -> Path | None:
+    """Write the scores as `.eval_results/cortexicon.yaml`, the form that succeeds `model-index`.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+    facts : mapping
+        As for `write_model_card`.
+    dataset : str
+        ``OWNER/NAME`` of the cohort on the Hub.
+
+    Returns
+    -------
+    pathlib.Path or None
+        None when nothing was scored.
+    """
+    scores = [_score(score) for score in facts.get("scores", ())]
+    if not scores:
+        return None
+    entries = [
+        EvalResultEntry(
+            dataset_id=dataset,
+            task_id=slug(f"{score['metric']} {score['part']}"),
+            value=score["value"],
+            notes=f"{score['num_subjects']} people; {score['command']}",
+        )
+        for score in scores
+    ]
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    (folder / ".eval_results").mkdir(exist_ok=True)
+    return write_whole(folder / ".eval_results" / "cortexicon.yaml", text)
+
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A template of this room, filled in; a value that is missing is an error, never a gap."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -56,37 +123,47 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML; every text comes from our own run files
     )
+    environment.globals.update(interval=_interval, version=cortexicon.__version__)
     try:
-        body = environment.get_template(_TEMPLATE).render(
-            {
-                **facts,
-                "scores": scores,
-                "codec": codec,
-                "lm": config if codec is not config else None,
-            }
-        )
-        header = _header(facts, scores)
-    except (jinja2.UndefinedError, KeyError) as error:
-        raise CardError(
-            f"{folder}: expected every fact of the model card, found one missing: {error}. "
-            "Take the facts from the run's run.json and results.json."
-        ) from error
-    path = folder / "README.md"
-    temporary = folder / f".README.md.{os.getpid()}.tmp"
-    temporary.write_text(f"---\n{header}\n---\n\n{body}", encoding="utf-8")
+        return environment.get_template(template).render(dict(values))
+    except jinja2.UndefinedError as error:
+        raise CardError(_missing(error)) from error
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
     return path
 
 
+def slug(text: str) -> str:
+    """Lower-case words joined by underscores."""
+    return "_".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+
+def _missing(error: Exception) -> str:
+    return (
+        f"expected every fact of the card, found one missing: {error}. "
+        "Take the facts from the run's run.json and results.json."
+    )
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else ""
+
+
 def _config(folder: Path) -> dict[str, Any]:
-    """config.json of an AVQ or AVQ-LM checkpoint."""
+    """config.json of a checkpoint of ours."""
     path = folder / "config.json"
     if not path.is_file():
         raise CardError(f"{folder}: expected a checkpoint folder with config.json, found none.")
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("model_type") not in ("avq", "avq_lm"):
+    if config.get("model_type") not in KINDS:
         raise CardError(
-            f"{path}: expected model_type 'avq' or 'avq_lm', found {config.get('model_type')!r}."
+            f"{path}: expected model_type {' or '.join(map(repr, KINDS))}, found "
+            f"{config.get('model_type')!r}."
         )
     return config
 
@@ -102,7 +179,12 @@ def _score(score: Mapping[str, Any]) -> dict[str, Any]:
         )
     if not score.get("command"):
         raise CardError(f"score {score.get('metric')!r}: expected the command that measured it.")
-    return {**score, "value": value}
+    beside = [
+        {"interval": None, **other}
+        for other in score.get("beside", ())
+        if math.isfinite(other["value"])
+    ]
+    return {"interval": None, **score, "value": value, "beside": beside}
 
 
 def _header(facts: Mapping[str, Any], scores: list[dict[str, Any]]) -> str:

@@ -1,0 +1,238 @@
+"""Puts together the folder that is published: of a checkpoint, adapter, cohort or metric module."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel
+
+from cortexicon.cohorts import Cohort, build_cohort, save_cohort
+from cortexicon.inference import load_checkpoint
+from cortexicon.inference.connectome import is_connectome, load_connectome
+
+from .errors import PublishError
+from .facts import DataFacts
+from .write import render, write_whole
+
+_LICENSE = """The weights and results in this folder are under {license}: {url}
+
+They were fitted on: {data}
+{attribution}
+The code files (*.py) are part of cortexicon and under the Apache License, Version 2.0:
+http://www.apache.org/licenses/LICENSE-2.0
+"""
+_URLS = {
+    "apache-2.0": "http://www.apache.org/licenses/LICENSE-2.0",
+    "cc0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
+}
+
+
+class Loaded(NamedTuple):
+    """A checkpoint as it is published.
+
+    Attributes
+    ----------
+    model : PreTrainedModel
+        On CPU, in evaluation mode.
+    revision : str
+        Tag that pins these weights, made from them.
+    """
+
+    model: PreTrainedModel
+    revision: str
+
+
+def stage_checkpoint(source: Path, folder: Path) -> Loaded:
+    """Write model, processor and code files of a checkpoint into a new folder.
+
+    Layout::
+
+        FOLDER/config.json, model.safetensors    AutoConfig, AutoModel
+        FOLDER/generation_config.json            of a language model
+        FOLDER/processor_config.json, tokenizer.json, tokenizer_config.json
+                                                 AutoProcessor, AutoTokenizer, AutoFeatureExtractor
+        FOLDER/*.py                              the code that these load where cortexicon is not
+                                                 installed, byte for byte the package's
+        FOLDER/README.md, LICENSE                card and terms of the weights
+        FOLDER/results.json, run.json            scores, and facts of training, without subjects
+        FOLDER/.eval_results/cortexicon.yaml     scores as the Hub reads them
+
+    The first three groups are written here, the others by whoever knows the run. Nothing of
+    training's state is among them. A checkpoint of the connectivity stream has no processor.
+
+    Raises
+    ------
+    InferenceError
+        The checkpoint is damaged or incomplete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_connectome(source):
+        model: PreTrainedModel = load_connectome(source)
+    else:
+        checkpoint = load_checkpoint(source)
+        model = checkpoint.model
+        checkpoint.processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return Loaded(model, weights_tag(folder))
+
+
+def weights_tag(folder: Path) -> str:
+    """Name of the tag for the weights in a folder, such as ``w-0123456789ab``."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return f"w-{digest.hexdigest()[:12]}"
+
+
+def write_license(folder: Path, license_id: str, data: DataFacts) -> None:
+    """LICENSE of a staged folder: the terms of the weights, and those of the code."""
+    name, _, version = license_id.removeprefix("cc-").rpartition("-")
+    url = _URLS.get(license_id, f"https://creativecommons.org/licenses/{name}/{version}/")
+    if not license_id.startswith("cc") and license_id not in _URLS:
+        url = "see the terms of the data"
+    text = _LICENSE.format(
+        license=license_id,
+        url=url,
+        data=data.name + (f", {data.url}" if data.url else ""),
+        attribution=f"Attribution: {data.attribution}\n" if data.attribution else "",
+    )
+    write_whole(folder / "LICENSE", text)
+
+
+def without_subjects(value: Any, subject_ids: Iterable[str]) -> Any:
+    """A JSON value without what is told of single people.
+
+    A mapping with a subject among its keys becomes the number of its entries, and so does a list
+    with a subject among its items; all else stays.
+    """
+    ids = set(subject_ids)
+
+    def cleaned(one: Any) -> Any:
+        if isinstance(one, Mapping):
+            if any(key in ids for key in one):
+                return {"count": len(one)}
+            return {key: cleaned(inner) for key, inner in one.items()}
+        if isinstance(one, list):
+            if any(isinstance(item, str) and item in ids for item in one):
+                return {"count": len(one)}
+            return [cleaned(item) for item in one]
+        return one
+
+    return cleaned(value)
+
+
+def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any]) -> Path:
+    """Write a PEFT adapter, with its tokenizer and card, into a new folder.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        Folder with adapter_config.json and adapter_model.safetensors.
+    base : str
+        ``OWNER/NAME`` of the base checkpoint on the Hub; a local path would load nowhere else.
+    facts : mapping
+        ``title``, ``license``, ``data`` and ``revision`` (of the base, or None).
+
+    Raises
+    ------
+    PublishError
+        A file is missing.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (source / name).is_file():
+            raise PublishError(f"{source}: expected an adapter with {name}, found none.")
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+    config |= {"base_model_name_or_path": base, "revision": facts["revision"]}
+    write_whole(folder / "adapter_config.json", json.dumps(config, indent=2, sort_keys=True))
+    for name in ("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    return write_whole(
+        folder / "README.md", render("adapter.md.jinja", {**facts, "base": base, "config": config})
+    )
+
+
+def stage_cohort(cohort: Cohort, folder: Path, repository: str, data: DataFacts) -> Cohort:
+    """Write a cohort in Parquet shards, with its card, into a new folder.
+
+    Ids that are not public are replaced by ``sub-00001`` and so on, in the order of a hash of
+    series and id, which says nothing of the order before.
+
+    Raises
+    ------
+    PublishError
+        The terms of the data do not let the scans be passed on.
+    """
+    if not data.redistribution:
+        raise PublishError(
+            f"{data.name}: its facts do not say that the scans may be passed on. Set "
+            "`redistribution: true` there once you have made sure of it."
+        )
+    if not data.public_ids:
+        cohort = renamed(cohort)
+    save_cohort(cohort, folder)
+    columns = [name for name in cohort.participants.columns if name not in ("session",)]
+    card = render(
+        "cohort.md.jinja",
+        {
+            "cohort": cohort,
+            "data": data,
+            "repository": repository,
+            "columns": columns,
+            "sites": int(cohort.participants["site"].nunique()),
+        },
+    )
+    write_whole(folder / "README.md", card)
+    return cohort
+
+
+def renamed(cohort: Cohort) -> Cohort:
+    """The same scans under new ids, in a new order, without columns that name people otherwise."""
+    order = sorted(
+        cohort.subject_ids,
+        key=lambda one: hashlib.sha256(cohort.series(one).values.tobytes() + one.encode()).digest(),
+    )
+    shuffled = cohort.subset(order)
+    table = shuffled.participants.reset_index()
+    table["subject_id"] = [f"sub-{number:05d}" for number in range(1, len(order) + 1)]
+    unique = [
+        name
+        for name in table.columns
+        if name != "subject_id" and table[name].dtype == object and table[name].is_unique
+    ]
+    import numpy as np
+
+    values = np.concatenate([shuffled.series(one).values for one in order])
+    return build_cohort(values, table.drop(columns=unique), cohort.regions, cohort.atlas)
+
+
+def stage_metric(source: Path, folder: Path, repository: str) -> Path:
+    """Write an `evaluate` module, with the card of its Space, into a new folder.
+
+    The Hub finds ``NAME.py`` in ``OWNER/NAME``, so the repository must bear the module's name.
+
+    Raises
+    ------
+    PublishError
+        The folder holds no module of its name, or the repository has another one.
+    """
+    name = source.name
+    if not (source / f"{name}.py").is_file():
+        raise PublishError(f"{source}: expected a metric module {name}.py, found none.")
+    if repository.rpartition("/")[2] != name:
+        raise PublishError(
+            f"{repository}: `evaluate.load` looks for NAME.py in OWNER/NAME; expected a repository "
+            f"named {name}."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("*.py")):
+        if path.name != "__init__.py":
+            shutil.copyfile(path, folder / path.name)
+    docstring = (source / f"{name}.py").read_text(encoding="utf-8").partition('"""')[2]
+    text = docstring.partition('"""')[0].strip()
+    values = {"name": name, "text": text, "repository": repository}
+    return write_whole(folder / "README.md", render("metric.md.jinja", values))
