@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cortexicon.model_cards import write_model_card
+from cortexicon.inference.predict import SYSTEM
+from cortexicon.model_cards.write import write_model_card
 
 _TITLES = {"avq": "AVQ codec", "lm": "AVQ language model"}
 
@@ -58,41 +59,111 @@ def _facts(
             "versions": facts["versions"],
             "commit": results["environment"]["commit"],
         },
-        "scores": _scores(stage, reconstruction, results["clinical"]),
+        "scores": scores_of({"lm": "avq_lm"}.get(stage, stage), results),
     }
 
 
-def _scores(
-    stage: str, reconstruction: Mapping[str, Any], clinical: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Held-out scores of one stage, each with the command that measured it."""
+def scores_of(kind: str, results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Held-out scores of a checkpoint, each beside baselines and chance, and with its command.
+
+    Parameters
+    ----------
+    kind : {"avq", "avq_lm"}
+        Model type.
+    results : mapping
+        What `collect_results` returned for the run; may be empty.
+    """
+    reconstruction = results.get("reconstruction")
     if not reconstruction:
         return []
-    shared = {"part": "test", "command": reconstruction["command"]}
-    if stage == "avq":
-        values = {
-            "R2 of the reconstruction": reconstruction["r2"],
-            "connectivity kept (median correlation)": reconstruction["connectivity"]["full"],
-            "share of codes in use": reconstruction["usage"],
-        }
-        count = reconstruction["num_subjects"]
-        return [
-            {"metric": metric, "value": value, "unit": None, "num_subjects": count, **shared}
-            for metric, value in values.items()
-        ]
+    if kind == "avq":
+        return _codec_scores(reconstruction, results.get("tokenizer_baseline") or {})
+    return _clinical_scores(results["clinical"], reconstruction["command"])
+
+
+def _codec_scores(ours: Mapping[str, Any], plain: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name = f"{plain.get('system')}, as many tokens"
+    kept, plainly = ours["connectivity"], plain.get("connectivity", {})
+    rows = [
+        {"metric": "R2 of the reconstruction", **_found(ours, "r2")},
+        {"metric": "connectivity kept (median correlation)", **_found(kept, "full")},
+    ]
+    rows[0]["beside"] = [
+        _beside(name, plain, "r2"),
+        _beside("Gaussian reference, as many bits", ours, "gaussian_reference_r2"),
+        {"system": "each region's mean (chance)", "value": 0.0},
+    ]
+    rows[1]["beside"] = [
+        _beside(name, plainly, "full"),
+        _beside("training mean alone (chance)", kept, "training_mean_alone"),
+    ]
+    if "deviation" in kept:
+        rows.append(
+            {
+                "metric": "connectivity kept, deviations from the training mean",
+                **_found(kept, "deviation"),
+                "beside": [
+                    _beside(name, plainly, "deviation"),
+                    {"system": "training mean alone (chance)", "value": 0.0},
+                ],
+            }
+        )
+    rows.append({"metric": "share of codes in use", "value": ours["usage"]})
+    shared = {
+        "unit": None,
+        "part": "test",
+        "num_subjects": ours["num_subjects"],
+        "command": ours["command"],
+    }
+    return [
+        shared | row | {"beside": [one for one in row.get("beside", ()) if one is not None]}
+        for row in rows
+    ]
+
+
+def _clinical_scores(clinical: Mapping[str, Any], command: str) -> list[dict[str, Any]]:
     scores = []
     for target, result in clinical.items():
-        for system, found in result["parts"].get("test", {}).get("systems", {}).items():
-            for key in ("mae", "r", "balanced_accuracy", "auc"):
-                # A constant prediction has no correlation: NaN is left out, not written.
-                if found.get(key) is not None and math.isfinite(found[key]):
-                    scores.append(
-                        {
-                            "metric": f"{target}, {system}: {key}",
-                            "value": found[key],
-                            "unit": None,
-                            "num_subjects": found["num_subjects"],
-                            **shared,
-                        }
-                    )
+        systems = result["parts"].get("test", {}).get("systems", {})
+        ours = systems.get(SYSTEM, {})
+        for key, name in (
+            ("mae", "mean absolute error"),
+            ("r", "correlation"),
+            ("balanced_accuracy", "balanced accuracy"),
+            ("auc", "AUC"),
+        ):
+            # A constant prediction has no correlation: what is not finite is left out.
+            if not _is_number(ours.get(key)):
+                continue
+            others = {one: found for one, found in systems.items() if one != SYSTEM}
+            beside = [_beside(one, found, key) for one, found in others.items()]
+            scores.append(
+                {
+                    "metric": f"{target}: {name}",
+                    **_found(ours, key),
+                    "unit": None,
+                    "part": "test",
+                    "num_subjects": ours["num_subjects"],
+                    "command": command,
+                    "beside": [one for one in beside if one is not None],
+                }
+            )
     return scores
+
+
+def _found(values: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A value and its interval, where it has one."""
+    bounds = values.get(f"{key}_interval")
+    known = bounds is not None and all(_is_number(one) for one in bounds)
+    return {"value": values[key], "interval": list(bounds) if known else None}
+
+
+def _beside(system: str, values: Mapping[str, Any], key: str) -> dict[str, Any] | None:
+    """A row of another system, or None where it was not measured."""
+    if not _is_number(values.get(key)):
+        return None
+    return {"system": system, **_found(values, key)}
+
+
+def _is_number(value: Any) -> bool:
+    return value is not None and math.isfinite(value)

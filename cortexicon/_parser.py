@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import __version__, _predict, _space
+from cortexicon import __version__, _predict, _publish, _space
 from cortexicon._parser_data import add_data_commands
 
 
@@ -219,6 +219,7 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="results.json and report.html of a run folder")
     command.add_argument("folder", metavar="RUN", type=Path)
 
+    _publish.add(commands)
     command = commands.add_parser("info", help="what a checkpoint folder holds")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)
 

@@ -9,9 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-_PINNED = "results.json", "run.json"
+from typing import NamedTuple
 
 
 class Target(NamedTuple):
@@ -82,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.dry_run:
             out = arguments.out or Path("published") / name
             _replace(out, folder)
-            print(f"{len(_files(out))} files, {_megabytes(out):.1f} MB -> {out}; nothing was pushed")
+            print(
+                f"{len(_files(out))} files, {_megabytes(out):.1f} MB -> {out}; nothing was pushed"
+            )
             return
         pushed = push_folder(
             folder,
@@ -124,8 +124,8 @@ def find_target(what: Path) -> Target:
 def protect(arguments: argparse.Namespace) -> None:
     """`cortexicon protect`: blur exposed codes, and note it in run.json."""
     from cortexicon._publish_facts import latents_of, read_run
-    from cortexicon.inference.connectome import is_connectome, load_connectome
     from cortexicon.inference import load_checkpoint
+    from cortexicon.inference.connectome import is_connectome, load_connectome
     from cortexicon.inference.exposure import blur_exposed
     from cortexicon.model_cards import PublishError
 
@@ -331,8 +331,3 @@ def _files(folder: Path) -> list[Path]:
 
 def _megabytes(folder: Path) -> float:
     return sum(path.stat().st_size for path in _files(folder)) / 1e6
-
-
-def as_json(values: dict[str, Any]) -> str:
-    """Indented JSON with a newline at its end."""
-    return json.dumps(values, indent=1) + "\n"

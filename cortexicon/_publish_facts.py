@@ -292,7 +292,7 @@ def _connectome_scores(
             [_correlation(one, two) for one, two in zip(rows, decoded, strict=True)],
             [_correlation(one, mean) for one in rows],
         ),
-        "the same, of deviations from the training mean": (
+        "correlation of deviations from the training mean": (
             [_correlation(one - mean, two - mean) for one, two in zip(rows, decoded, strict=True)],
             None,
         ),
@@ -329,9 +329,7 @@ def _connectome_scores(
     return scores, tables
 
 
-def _pairs(
-    matrices: torch.Tensor, mask: torch.Tensor, upper: tuple[np.ndarray, ...]
-) -> np.ndarray:
+def _pairs(matrices: torch.Tensor, mask: torch.Tensor, upper: tuple[np.ndarray, ...]) -> np.ndarray:
     rows, there = matrices.numpy()[:, *upper].copy(), mask.numpy()
     rows[~(there[:, upper[0]] & there[:, upper[1]])] = np.nan
     return rows

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortexicon import _doctor, _fetch, _other_atlases, _predict, _prepare, _space
+from cortexicon import _doctor, _fetch, _other_atlases, _predict, _prepare, _publish, _space
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -93,6 +93,8 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "left-out-sites": _left_out_sites,
         "speed": _speed,
         "report": _report,
+        "publish": _publish.run,
+        "protect": _publish.protect,
         "info": _info,
         "space": _space.run,
     }[command]

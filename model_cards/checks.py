@@ -15,7 +15,9 @@ import cortexicon.tokenization
 
 _TEXT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv", ".tsv", ".py", ".jinja", "")
 #: Where the code files of a checkpoint come from.
-_ROOMS = [Path(str(room.__file__)).parent for room in (cortexicon.modeling, cortexicon.tokenization)]
+_ROOMS = [
+    Path(str(room.__file__)).parent for room in (cortexicon.modeling, cortexicon.tokenization)
+]
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HOME = re.compile(r"(?<![\w.:/])(?:/(?:home|root|Users|mnt|scratch|work)/\w|[A-Z]:\\Users\\)")
 _SECTIONS = ("## Use", "## Data and consent", "## Not for", "## Licence", "## Cite")

@@ -1,4 +1,4 @@
-"""Loads a staged checkpoint where this package cannot be imported, and compares what it computes."""
+"""Loads a staged checkpoint where this package is not, and compares what it computes."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .errors import PublishError
 
 # NOTE: an editable install is found through a hook of its own, hence the refusal.
-_SCRIPT = '''
+_SCRIPT = """
 import sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -38,7 +38,7 @@ if with_processor == "yes":
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 weights = {f"weight {name}": value.clone() for name, value in model.state_dict().items()}
 save_file(weights | {"codes": codes, "decoded": decoded.contiguous()}, out)
-'''
+"""
 
 
 def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.0) -> None:
@@ -69,7 +69,12 @@ def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.
         # Nothing of the user's environment that could bring the package in, and no network.
         keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "TMPDIR")
         environment = {name: os.environ[name] for name in keep if name in os.environ}
-        environment |= {"HF_HOME": work, "HOME": work, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {
+            "HF_HOME": work,
+            "HOME": work,
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         processor = "yes" if (folder / "processor_config.json").is_file() else "no"
         command = [sys.executable, "-P", "-c", _SCRIPT]
         try:

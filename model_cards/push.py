@@ -84,7 +84,7 @@ def push_folder(
                 repo_type=kind,
                 private=private or None,
                 exist_ok=True,
-                space_sdk="static" if kind == "space" else None,
+                space_sdk="gradio" if kind == "space" else None,
             )
             return _push_once(api, folder, repository, kind, str(made), message)
         except (HTTPError, OSError, ValueError) as error:
@@ -93,6 +93,23 @@ def push_folder(
             say(f"{repository}: {_first_line(error)}; again in {pause:g} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def tag(repository: str, kind: str, name: str, revision: str) -> None:
+    """Name a revision, unless the name is taken: it is made from the weights, so it stays right.
+
+    Raises
+    ------
+    PublishError
+        As `push_folder`; the push itself is done by then.
+    """
+    api = HfApi()
+    try:
+        names = {one.name for one in api.list_repo_refs(repository, repo_type=kind).tags}
+        if name not in names:
+            api.create_tag(repository, tag=name, revision=revision, repo_type=kind, exist_ok=True)
+    except (HTTPError, OSError, ValueError) as error:
+        raise PublishError(_advice(error, repository, api.endpoint)) from error
 
 
 def _push_once(

@@ -243,11 +243,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer({"errors": [], "warnings": []})
             elif self.route.startswith("/api/repos/"):
                 self._repositories()
-            elif match := re.fullmatch(r"/(?:(datasets|spaces)/)?(.+?)\.git/info/lfs/.+", self.route):
+            elif match := re.fullmatch(
+                r"/(?:(datasets|spaces)/)?(.+?)\.git/info/lfs/.+", self.route
+            ):
                 self._lfs_batch(match)
             elif match := re.fullmatch(r"/lfs/([0-9a-f]{64})(/verify)?", self.route):
                 self._lfs_object(match)
-            elif match := re.match(r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(/.*)?$", self.route):
+            elif match := re.match(
+                r"/api/(models|datasets|spaces)/([^/]+/[^/]+)(/.*)?$", self.route
+            ):
                 self._api(*match.groups())
             elif match := re.fullmatch(
                 r"/(?:(datasets|spaces)/)?([^/]+/[^/]+)/resolve/([^/]+|refs/.+?)/(.+)", self.route
@@ -332,8 +336,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif self._user() is None:
             self._fail(401, "Invalid username or password.")
         elif verb == "tag":
-            repository.tags[json.loads(self.body)["tag"]] = repository.refs[value or "main"]
-            self._answer({})
+            commit = self._at(repository, value or "main")
+            if commit:
+                repository.tags[json.loads(self.body)["tag"]] = commit.sha
+                self._answer({})
         elif verb == "preupload":
             self._preupload(repository, value)
         elif verb == "commit":

@@ -1,0 +1,211 @@
+"""`cortexicon publish` of everything that can be published, and what comes back."""
+
+import json
+import shutil
+
+import pytest
+
+PULL_CODEC = """
+import torch
+from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTokenizer
+from cortexicon.modeling import AVQModel
+model = AutoModel.from_pretrained(name, revision=revision)
+local = AVQModel.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+extractor = AutoFeatureExtractor.from_pretrained(name, revision=revision)
+processor = AutoProcessor.from_pretrained(name, revision=revision)
+found = [
+    type(model).__name__,
+    all(torch.equal(model.state_dict()[k], v) for k, v in local.state_dict().items()),
+    type(tokenizer).__name__,
+    extractor.atlas,
+    processor.tokens_per_window,
+]
+"""
+PULL_LM = """
+import torch
+from transformers import AutoModel, AutoProcessor
+model = AutoModel.from_pretrained(name).eval()
+processor = AutoProcessor.from_pretrained(name)
+series = torch.randn(60, 48, generator=torch.Generator().manual_seed(0)).numpy() + 100
+inputs = processor(text="Age?", fmri=series[:40], tr=2.0)
+with torch.no_grad():
+    plain = model(**inputs).logits
+found = list(plain.shape)
+"""
+PULL_ADAPTER = """
+from peft import PeftModel
+adapted = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    found = float((adapted(**inputs).logits - plain).abs().max())
+"""
+PULL_COHORT = """
+import huggingface_hub
+from datasets import load_dataset
+from cortexicon.cohorts import load_cohort
+stream = load_dataset(name, split="train", streaming=True)
+first = next(iter(stream))
+whole = load_cohort(huggingface_hub.snapshot_download(name, repo_type="dataset"))
+found = [first["subject_id"], len(first["time_series"]), whole.content_hash]
+"""
+PULL_METRIC = """
+import evaluate
+metric = evaluate.load(name)
+found = metric.compute(predictions=[[[1.0], [2.0], [4.0]]], references=[[[1.0], [2.0], [4.0]]])
+"""
+
+
+def rooms(repository):
+    return {
+        path.name: path.read_bytes()
+        for room in ("modeling", "tokenization")
+        for path in (repository / room).glob("*.py")
+    }
+
+
+def held(hub, name, kind="model"):
+    return hub.repository(name, kind).head.files
+
+
+def test_a_codec_goes_up_in_one_commit_and_comes_back(client, hub, run_folder, repository):
+    for _ in range(2):  # the second time there is nothing left to do
+        code, out = client.cli("publish", run_folder / "avq", "user/codec")
+        assert code == 0, out
+    found = hub.repository("user/codec")
+    assert len(found.commits) == 2
+    assert {"LICENSE", "README.md", "results.json", ".eval_results/cortexicon.yaml"} <= set(
+        found.head.files
+    )
+    ((tag, sha),) = found.tags.items()
+    assert sha == found.head.sha
+    assert f'"revision": "{tag}"'.encode() in found.head.files["README.md"]
+
+    code_files = {name: text for name, text in found.head.files.items() if name.endswith(".py")}
+    sources = rooms(repository)
+    assert "modeling_avq.py" in code_files
+    assert "processing_avq.py" in code_files
+    for name, text in code_files.items():
+        assert text == sources[name], name
+    assert client.run(
+        PULL_CODEC, name="user/codec", revision=tag, folder=str(run_folder / "avq")
+    ) == ["AVQModel", True, "AVQTokenizer", "simulated48", 4]
+
+
+def test_nobody_is_named_in_what_was_pushed(client, hub, run_folder):
+    files = held(hub, "user/codec")
+    assert b'"refused_scans": {\n  "count": 1\n }' in files["run.json"]
+    for name, content in files.items():
+        assert b"sim-0" not in content, name
+
+
+def test_a_card_states_scores_beside_chance_and_by_group(hub):
+    card = held(hub, "user/codec")["README.md"].decode()
+    assert "**0.200** [0.150, 0.250]" in card
+    assert "| | each region's mean (chance) | 0.000 |" in card
+    assert "| | PCA + k-means, as many tokens | 0.100 |" in card
+    assert "no person was scanned" in card
+    results = held(hub, "user/codec")[".eval_results/cortexicon.yaml"].decode()
+    assert "id: user/cohort" in results
+    assert "task_id: r2_of_the_reconstruction_test" in results
+
+
+def test_language_model_and_adapter(client, hub, run_folder):
+    stub = "import cortexicon.model_cards as m\nm.check_clean_load = lambda *_: None"
+    client.run(stub)  # one whole load without the package a module is enough; see test_release.py
+    code, out = client.cli("publish", run_folder, "user/reader")  # of a run, its language model
+    assert code == 0, out
+    assert client.run(PULL_LM, name="user/reader")[2] > 256
+    code, out = client.cli(
+        *("publish", run_folder / "adapter", "user/adapter", "--data", "simulated"),
+        *("--base", "user/reader", "--cohort", run_folder / "cohort"),
+    )
+    assert code == 0, out
+    assert json.loads(held(hub, "user/adapter")["adapter_config.json"])[
+        "base_model_name_or_path"
+    ] == ("user/reader")
+    assert client.run(PULL_ADAPTER, adapter="user/adapter") == pytest.approx(0, abs=10) != 0
+
+
+def test_the_connectivity_stream(client, hub, run_folder):
+    code, out = client.cli("publish", run_folder / "connectome", "user/matrices")
+    if code == 2 and "cortexicon protect" in out:  # eight codes of 40 people: it may happen
+        assert client.cli("protect", run_folder / "connectome")[0] == 0
+        code, out = client.cli("publish", run_folder / "connectome", "user/matrices")
+    assert code == 0, out
+    kind = "from transformers import AutoModel\nfound = type(AutoModel.from_pretrained(name))"
+    assert client.run(kind + ".__name__", name="user/matrices") == "AVQConnectomeModel"
+    assert "training mean alone (chance)" in held(hub, "user/matrices")["README.md"].decode()
+
+
+def test_a_cohort_streams(client, hub, run_folder):
+    code, out = client.cli("publish", run_folder / "cohort", "user/cohort")
+    assert code == 0, out
+    first, length, content_hash = client.run(PULL_COHORT, name="user/cohort")
+    assert first.startswith("sim-")
+    assert length > 100
+    assert (
+        content_hash == json.loads((run_folder / "cohort/cohort.json").read_text())["content_hash"]
+    )
+    assert b"data_files: data/*.parquet" in held(hub, "user/cohort", "dataset")["README.md"]
+
+
+def test_a_metric_loads_by_its_name(client, hub, repository):
+    folder = repository / "evaluation" / "metrics" / "reconstruction_r2"
+    code, out = client.cli("publish", folder, "user/reconstruction_r2")
+    assert code == 0, out
+    assert client.run(PULL_METRIC, name="user/reconstruction_r2")["r2"] == 1.0
+    code, out = client.cli("publish", folder, "user/other")
+    assert code == 2
+    assert "expected a repository named reconstruction_r2" in out
+
+
+def test_a_dry_run_writes_what_would_be_pushed_and_asks_nobody(client, hub, run_folder, tmp_path):
+    asked = len(hub.requests)
+    out_folder = tmp_path / "out"
+    for _ in range(2):
+        argv = ("publish", run_folder / "avq", "user/codec", "--dry-run", "--out", out_folder)
+        code, out = client.cli(*argv)
+        assert code == 0, out
+    assert len(hub.requests) == asked
+    written = {
+        path.relative_to(out_folder).as_posix(): path.read_bytes()
+        for path in out_folder.rglob("*")
+        if path.is_file()
+    }
+    pushed = {k: v for k, v in held(hub, "user/codec").items() if k != ".gitattributes"}
+    assert written == pushed
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["avq", "no-owner"], "expected OWNER/NAME"),
+        (["nothing", "user/x"], "expected a run, a checkpoint"),
+        (["avq", "user/x", "--license", "mit", "--data", "DATA"], "cannot carry the licence 'mit'"),
+        (["avq", "user/x", "--data", "missing.yaml"], "found nothing"),
+        (["adapter", "user/x"], "needs --base"),
+        (["avq", "user/x", "--cohort", "nowhere"], "the cohort of training is not there"),
+    ],
+)
+def test_a_mistake_ends_in_one_message(client, hub, run_folder, tmp_path, argv, message):
+    data = tmp_path / "data.yaml"
+    text = "name: x\npeople: x\nconsent: x\npreprocessing: x\nlicense: cc-by-nc-sa-4.0\n"
+    data.write_text(text)
+    asked = len(hub.requests)
+    argv = [str(data) if one == "DATA" else one for one in argv]
+    code, out = client.cli("publish", run_folder / argv[0], *argv[1:], "--dry-run")
+    assert code == 2
+    assert message in out
+    assert len(hub.requests) == asked
+
+
+def test_a_checkpoint_that_names_a_subject_stays_here(client, hub, run_folder, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run_folder, copy)
+    facts = json.loads((copy / "avq/run.json").read_text())
+    facts["command"] += " --without sim-00003"
+    (copy / "avq/run.json").write_text(json.dumps(facts))
+    code, out = client.cli("publish", copy / "avq", "user/leaky")
+    assert code == 2
+    assert "names a subject of the cohort ('sim-00003')" in out
+    assert ("model", "user/leaky") not in hub.repositories
