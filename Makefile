@@ -1,5 +1,5 @@
 # make demo    the whole path on a simulated cohort; COHORT=FOLDER runs it on your own tables
-# make test    the tests (make test-slow: those marked slow)
+# make test    the tests (make test-slow: those marked slow; make test-hub: whole releases)
 # make lint    ruff and mypy
 # make ablations         the cells of training/configs/ablations that have no result yet (JOBS= at once)
 # make ablations-report  their tables in evaluation/RESULTS.md
@@ -96,6 +96,10 @@ endif
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+.PHONY: test-hub
+test-hub: $(STAMP)
+	$(BIN)/python -m pytest -q -m hub tests/hub
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m slow

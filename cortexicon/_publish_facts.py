@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from cortexicon._cards import scores_of
 from cortexicon.cohorts import Cohort, Split, load_cohort, load_split
-from cortexicon.evaluation.results import environment
 from cortexicon.evaluation.scores import interval_of
 from cortexicon.inference import Checkpoint
 from cortexicon.inference.connectome import cohort_matrices, decode_matrices, encode_matrices
@@ -164,7 +163,8 @@ def card_facts(
 ) -> dict[str, Any]:
     """What `write_model_card` takes, save licence and repository."""
     values, kind = run.values, model.config.model_type
-    commit = run.results.get("environment", {}).get("commit") or environment()["commit"]
+    # The commit that trained, where the run says so; else the one that scored.
+    commit = values.get("commit") or run.results.get("environment", {}).get("commit")
     scores = scores_of(kind, run.results)
     tables: list[dict[str, Any]] = []
     if kind == "avq" and run.results.get("reconstruction"):
@@ -297,6 +297,7 @@ def _connectome_scores(
             None,
         ),
     }
+    shown = checkpoint.name if checkpoint.is_absolute() else checkpoint
     scores, tables = [], []
     for metric, (ours, chance) in found.items():
         values = np.array(ours)
@@ -320,7 +321,7 @@ def _connectome_scores(
                 "unit": None,
                 "part": "test",
                 "num_subjects": len(tested),
-                "command": f"cortexicon publish {checkpoint} OWNER/NAME --dry-run",
+                "command": f"cortexicon publish {shown} OWNER/NAME --dry-run",
                 "beside": beside,
             }
         )

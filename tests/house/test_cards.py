@@ -35,7 +35,7 @@ def test_a_finished_stage_gets_a_card_and_an_unfinished_one_does_not(tmp_path):
         AVQConfig(atlas="simulated48").save_pretrained(tmp_path / stage)
     assert write_cards(tmp_path, RESULTS) == [tmp_path / "avq" / "README.md"]
     text = (tmp_path / "avq" / "README.md").read_text(encoding="utf-8")
-    assert "R2 of the reconstruction | 0.500 | test | 4" in text
+    assert "R2 of the reconstruction | **this checkpoint** | **0.500** | test | 4 |" in text
     assert "simulated: no person was scanned" in text
     assert "cortexicon train avq demo.yaml" in text
 

@@ -14,10 +14,10 @@ import traceback
 
 
 def main() -> None:
-    answers = sys.stdout
+    answers, scope = sys.stdout, {}
     for line in sys.stdin:
         asked = json.loads(line)
-        scope = {"found": None, **asked["values"]}
+        scope |= {"found": None, **asked["values"]}  # names stay from line to line
         printed, error = io.StringIO(), None
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:

@@ -283,7 +283,9 @@ class _Handler(BaseHTTPRequestHandler):
         if key in self.hub.repositories:
             self._answer({"error": "You already created this repo", "url": url}, 409)
             return
-        made = Repository(*key, private=bool(asked.get("private")))
+        made = Repository(
+            *key, private=asked.get("private") or asked.get("visibility") == "private"
+        )
         made.commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.hub.repositories[key] = made
         self._answer({"url": url, "name": name, "id": name})

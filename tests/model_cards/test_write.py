@@ -48,7 +48,7 @@ def folder(tmp_path):
 def test_a_card_holds_the_facts_and_a_readable_header(folder):
     path = write_model_card(folder, FACTS)
     text = path.read_text(encoding="utf-8")
-    assert "| r2 | 0.457 | test | 5 |" in text
+    assert "| r2 | **this checkpoint** | **0.457** | test | 5 |" in text
     assert "cortexicon evaluate avq cohort" in text
     assert "simulated data only" in text
     assert "8192, `latent` layout" in text
