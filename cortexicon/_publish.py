@@ -17,7 +17,7 @@ class Target(NamedTuple):
 
     Attributes
     ----------
-    kind : {"checkpoint", "adapter", "cohort", "metric"}
+    kind : {"checkpoint", "adapter", "cohort", "metric", "space"}
     folder : pathlib.Path
     repository_kind : {"model", "dataset", "space"}
     """
@@ -36,7 +36,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "what",
         metavar="RUN",
         type=Path,
-        help="run (its language model, else its codec), checkpoint, adapter, cohort, metric module",
+        help="run (its language model, else its codec), checkpoint, adapter, cohort, metric, Space",
     )
     command.add_argument("repository", metavar="REPO", help="OWNER/NAME on the Hub")
     command.add_argument("--private", action="store_true", help="for a repository made now")
@@ -106,6 +106,8 @@ def find_target(what: Path) -> Target:
     """
     from cortexicon.model_cards import PublishError
 
+    if (what / "app.py").is_file():
+        return Target("space", what, "space")
     if (what / f"{what.name}.py").is_file():
         return Target("metric", what, "space")
     if (what / "cohort.json").is_file() or (what / "regions.tsv").is_file():
@@ -293,11 +295,19 @@ def _stage_metric(target: Target, folder: Path, arguments: argparse.Namespace) -
     _refuse(target.folder, secret_complaints(folder))
 
 
+def _stage_space(target: Target, folder: Path, arguments: argparse.Namespace) -> None:
+    from cortexicon.model_cards.checks import secret_complaints
+
+    shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    _refuse(target.folder, secret_complaints(folder))
+
+
 _STAGE: dict[str, Callable[[Target, Path, argparse.Namespace], str | None]] = {
     "checkpoint": _stage_checkpoint,
     "adapter": _stage_adapter,
     "cohort": _stage_cohort,
     "metric": _stage_metric,
+    "space": _stage_space,
 }
 
 
