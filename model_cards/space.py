@@ -34,8 +34,9 @@ from cortexicon.inference.answers import (
     prompt_rows,
     scan_arguments,
 )
+from cortexicon.inference.ask import interval_of, scan_prompts, target_of, wordings
 from cortexicon.inference.examination import examine
-from cortexicon.inference.predict import PromptCodes, encode_prompts
+from cortexicon.inference.predict import PromptCodes
 from cortexicon.tokenization import TokenizationError
 
 from .space_limits import MAX_NUMBERS, SpaceError, check_file, check_question
@@ -45,7 +46,6 @@ FIRST_PERSON = 1_000_000
 #: Regions of the simulation that is read at other coordinates; mm within which a region listens.
 SIMULATED_REGIONS, LISTENING_MM = 100, 10.0
 ANSWER_TOKENS = 16
-INTERVAL = (0.1, 0.9)
 
 
 class ScanReading(NamedTuple):
@@ -88,11 +88,14 @@ class SpaceAnswer(NamedTuple):
     Attributes
     ----------
     question, text : str
+        As the model was asked, and what it says.
     options : list of str
         All valid answers; empty where the model wrote freely.
     probabilities : float64 array, (options,)
     number : float or None
         What the answer says, for questions about numbers.
+    target : str
+        Column that the question was taken to ask for; empty where the model wrote freely.
     """
 
     question: str
@@ -100,6 +103,7 @@ class SpaceAnswer(NamedTuple):
     options: list[str]
     probabilities: np.ndarray
     number: float | None
+    target: str
 
 
 def read_upload(
@@ -214,8 +218,8 @@ def read_scan(scan: ParcelSeries, checkpoint: Checkpoint, truth: dict[str, str])
 def ask(reading: ScanReading, question: str) -> SpaceAnswer:
     """Answer a question about a scan that was read.
 
-    Questions that the model was trained on are answered under a grammar of valid answers, pooled
-    over windows; any other text is continued freely, by text alone.
+    Questions about a target of its training, in plain words, are answered under a grammar of valid
+    answers, pooled over windows; any other text is continued freely, by text alone.
 
     Raises
     ------
@@ -231,38 +235,39 @@ def ask(reading: ScanReading, question: str) -> SpaceAnswer:
             "The model answers about scans in the regions that it was trained on "
             f"({checkpoint.processor.feature_extractor.atlas!r} is another parcellation)."
         )
-    config = checkpoint.model.config
-    prompts = encode_prompts(
-        checkpoint.model,
-        checkpoint.processor.feature_extractor,
-        reading.cohort,
-        reading.cohort.subject_ids,
-        config.prompts_per_scan,
-        config.windows_per_prompt,
-        quiet=True,
-    )
-    if prompts.skipped:
-        raise SpaceError(next(iter(prompts.skipped.values())))
-    for target in config.targets or []:
-        if _plain(question) in (_plain(target["question"]), _plain(target["name"])):
-            return _trained_answer(checkpoint, prompts, target)
-    return _free_answer(checkpoint, prompts, question)
+    try:
+        prompts = scan_prompts(
+            checkpoint.model,
+            checkpoint.processor.feature_extractor,
+            reading.cohort.series(reading.cohort.subject_ids[0]),
+        )
+    except (CohortError, InferenceError, TokenizationError) as error:
+        raise SpaceError(str(error)) from None
+    target = target_of(question, checkpoint.model.config.targets or [])
+    if target is None:
+        return _free_answer(checkpoint, prompts, question)
+    if len(wordings(target)) == 1:
+        question = target["question"]  # the only wording that the model has learned to read
+    return _trained_answer(checkpoint, prompts, target, question)
 
 
-def _trained_answer(checkpoint: Checkpoint, prompts: PromptCodes, target: dict) -> SpaceAnswer:
+def _trained_answer(
+    checkpoint: Checkpoint, prompts: PromptCodes, target: dict, question: str
+) -> SpaceAnswer:
     """The pooled answer to a question of the training."""
-    answers = pooled_answers(checkpoint.model, checkpoint.processor, prompts, target)
-    options, question = answers_of(target), target["question"]
+    answers = pooled_answers(
+        checkpoint.model, checkpoint.processor, prompts, target, question=question
+    )
+    options, name = answers_of(target), target["name"]
     if target["kind"] == "number":
         number, shares = float(answers.numbers(target)[0]), answers.probabilities[0]
-        passed = np.cumsum(shares / shares.sum())
-        low, high = (options[int(np.searchsorted(passed, edge))] for edge in INTERVAL)
-        text = f"{number:.0f} (80 % of the answer's probability lies from {low} to {high})"
-        return SpaceAnswer(question, text, options, shares, number)
+        low, high, coverage = interval_of(number, shares, target)
+        text = f"{number:.0f} ({coverage:.0%} interval {low:.0f} to {high:.0f})"
+        return SpaceAnswer(question, text, options, shares, number, name)
     shares = answers.classes(target)[0]
     best = int(shares.argmax())
     text = f"{options[best]} ({shares[best] / shares.sum():.0%})"
-    return SpaceAnswer(question, text, options, shares, None)
+    return SpaceAnswer(question, text, options, shares, None, name)
 
 
 def _free_answer(checkpoint: Checkpoint, prompts: PromptCodes, question: str) -> SpaceAnswer:
@@ -284,11 +289,7 @@ def _free_answer(checkpoint: Checkpoint, prompts: PromptCodes, question: str) ->
         **scan_arguments(codes, connectivity),
     )[0, len(ids) :]
     text = processor.tokenizer.decode(written, skip_special_tokens=True).partition("\n")[0].strip()
-    return SpaceAnswer(question, text or "(nothing)", [], np.zeros(0), None)
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"\W+", " ", text).strip().casefold()
+    return SpaceAnswer(question, text or "(nothing)", [], np.zeros(0), None, "")
 
 
 def _copy_in(path: Path, stem: Path, what: str) -> Path:

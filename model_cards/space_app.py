@@ -209,8 +209,7 @@ def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
         def answer_to(reading: ScanReading, asked: str) -> list[Any]:
             def work() -> list[Any]:
                 found = ask(reading, asked)
-                name = next((t["name"] for t in targets if t["question"] == found.question), "")
-                truth = reading.truth.get(name, "")
+                truth = reading.truth.get(found.target, "")
                 picture = draw_answer(found, truth)
                 shown = gr.update(value=picture, visible=picture is not None)
                 return [_answer(found.question, found.text, truth, bool(found.options)), shown]

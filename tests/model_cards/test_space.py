@@ -245,7 +245,7 @@ def test_what_lies_beside_an_upload_is_not_read(codec, upload, tmp_path):
 # ------------------------------------------------------------------------------- questions
 
 
-@pytest.mark.parametrize("asked", ["Age?", " age ", "AGE"])
+@pytest.mark.parametrize("asked", ["Age?", " age ", "AGE", "How old is this person?"])
 def test_a_question_of_the_training_is_answered_by_its_grammar(reader, asked):
     reading = space.simulate_reading(1, reader)
     found = space.ask(reading, asked)
@@ -253,7 +253,8 @@ def test_a_question_of_the_training_is_answered_by_its_grammar(reader, asked):
     assert found.options == [str(year) for year in range(15, 86)]
     assert found.probabilities.sum() == pytest.approx(1, abs=1e-3)
     assert found.number == pytest.approx(found.probabilities @ np.arange(15, 86), abs=0.1)
-    assert re.match(r"\d\d \(80 % ", found.text)
+    assert found.target == "age"
+    assert re.fullmatch(r"\d\d \(90% interval \d\d to \d\d\)", found.text)
     sex = space.ask(reading, "Sex?")
     assert sex.text.split()[0] in ("F", "M")
     assert sex.number is None
