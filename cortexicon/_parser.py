@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import __version__, _predict, _publish, _space
+from cortexicon import __version__, _generate_scan, _predict, _publish, _space
 from cortexicon._parser_data import add_data_commands
 
 
@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--atlas", default=None, help="its name; needed with --regions")
 
     _predict.add_parser(commands, _add_part)
+    _generate_scan.add_parser(commands)
 
     command = commands.add_parser("evaluate", help="score a checkpoint on a cohort")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

@@ -10,7 +10,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cortexicon import _doctor, _fetch, _other_atlases, _predict, _prepare, _publish, _space
+from cortexicon import (
+    _doctor,
+    _fetch,
+    _generate_scan,
+    _other_atlases,
+    _predict,
+    _prepare,
+    _publish,
+    _space,
+)
 from cortexicon._parser import build_parser
 from cortexicon._parts import chosen, fold_parts
 
@@ -84,6 +93,7 @@ def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
         "encode": _encode,
         "decode": _decode,
         "predict": _predict.run,
+        "generate-scan": _generate_scan.run,
         "evaluate": _evaluate,
         "reconstruction": _reconstruction,
         "cross-atlas": _cross_atlas,

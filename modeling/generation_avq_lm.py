@@ -86,7 +86,8 @@ class ConstrainedGeneration:
         Parameters
         ----------
         input_ids : int64, shape (batch, sequence)
-            A prompt; the stream's opening marker is put behind it where it does not end in it.
+            A prompt; the stream's opening marker is put behind it unless it ends in that, or in
+            the separator between windows.
         stream : {"fmri", "fc"}
         attention_mask : int64, shape (batch, sequence), optional
         **kwargs
@@ -104,7 +105,8 @@ class ConstrainedGeneration:
             tokens, marker = config.connectome_config.num_tokens, config.bofc_token_id
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if not bool((input_ids[:, -1] == marker).all()):
+        last = input_ids[:, -1]
+        if not bool(((last == marker) | (last == config.sep_token_id)).all()):
             input_ids = torch.cat([input_ids, torch.full_like(input_ids[:, :1], marker)], 1)
             attention_mask = torch.cat([attention_mask, attention_mask[:, -1:]], 1)
         found = self.generate(

@@ -1,5 +1,8 @@
 """Scans in a prompt: their codes or features, where they stand, and what they decode to."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -22,6 +25,12 @@ _PLACED = ("input_values", "connectivity", "fmri_latents", "connectivity_latents
 
 class ScanInputs:
     """What `AVQLMForConditionalGeneration` does with scans before its language model sees them."""
+
+    config: Any
+    avq: Any
+    connectome: Any
+    summary: Any
+    get_input_embeddings: Callable
 
     def block(self, stream: str = "fmri") -> tuple[int, int]:
         """First id and number of codes of a stream, "fmri" (dynamics) or "fc" (connectivity).

@@ -178,7 +178,8 @@ def _goes_with(texts: list[str], column: pd.Series, orders: list[np.ndarray]) ->
         return float(table.max(1).sum())
 
     by_chance = [guessed(classes[order]) for order in orders]
-    return guessed(classes) > max(max(by_chance), np.mean(by_chance) + 0.05 * len(texts))
+    least = max(max(by_chance), float(np.mean(by_chance)) + 0.05 * len(texts))
+    return guessed(classes) > least
 
 
 def _words(text: Any) -> set[str]:
