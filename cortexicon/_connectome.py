@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,13 +23,16 @@ from cortexicon.evaluation.connectome import (
     PLAIN,
     RAW,
     System,
+    bits_of,
     plain_system,
     score_cell,
     summary,
     tokens_of,
 )
+from cortexicon.evaluation.connectome_paired import differences
 from cortexicon.evaluation.connectome_table import connectome_markdown, render_matrices
 from cortexicon.evaluation.json_files import json_safe
+from cortexicon.evaluation.predictions import write_predictions
 from cortexicon.inference import (
     CohortMatrices,
     cohort_matrices,
@@ -88,28 +92,37 @@ def table(arguments: argparse.Namespace) -> None:
     cells: dict[str, dict[str, list[dict[str, Any]]]] = {}
     cross: dict[str, list[dict[str, Any]]] = {}
     tokens: dict[str, int] = {}
+    bits: dict[str, float] = {}
+    seen: set[tuple[str, int]] = set()
     rows_folder, picture = arguments.json.parent / "connectome_cells", None
     for folder in (bar := tqdm(arguments.checkpoints, unit="fold")):
-        split, number = _trained_on(folder, cohort)
+        split, number, label = _trained_on(folder, cohort)
         bar.set_postfix_str(f"{split.scheme} {number}")
         fold = Fold(cohort, split[number])
         model = load_connectome(folder)
         key = [split.hash, number, cohort.content_hash]
         found = cells.setdefault(split.scheme, {})
-        name = (
-            OURS if model.config.num_tokens == 64 else f"{OURS}, {model.config.num_tokens} tokens"
-        )
-        tokens[name] = model.config.num_tokens
+        count = model.config.num_tokens
+        name = OURS if count == 64 else f"{OURS}, {count} tokens"
+        name = f"{name}, {label}" if label else name
+        tokens[name], bits[name] = count, count * float(np.log2(model.config.num_codes))
         own = [*key, model.codebook_fingerprint()]
         ours = _kept(rows_folder, [name, *own], lambda f=fold, m=model: f.score(codec(m, cohort)))
         found.setdefault(name, []).append(ours)
-        for plain in () if arguments.ours_only else (RAW, GROUP_MEAN, *PLAIN):
+        _predictions(arguments.json.parent / "predictions", fold, number, split.scheme, name, ours)
+        # Once a fold, however many checkpoints of it there are.
+        alone = arguments.ours_only or (split.scheme, number) in seen
+        seen.add((split.scheme, number))
+        for plain in () if alone else (RAW, GROUP_MEAN, *PLAIN):
             cell = _kept(
                 rows_folder,
                 [plain, *key],
                 lambda f=fold, p=plain: f.score(plain_system(f.train, p)),
             )
             found.setdefault(plain, []).append(cell)
+            _predictions(
+                arguments.json.parent / "predictions", fold, number, split.scheme, plain, cell
+            )
         if other is not None:
             cell = _kept(
                 rows_folder,
@@ -124,12 +137,19 @@ def table(arguments: argparse.Namespace) -> None:
             {
                 "system": name,
                 "tokens": tokens.get(name) or tokens_of(name),
+                "bits": bits.get(name) or bits_of(name),
                 "learned": name in tokens,
             }
             | summary(done)
             for name, done in systems.items()
         ]
-        schemes[scheme] = {"rows": rows}
+        first = next(iter(systems))
+        gaps = {
+            name: differences(systems[first], done)
+            for name, done in systems.items()
+            if name != first and len(done) == len(systems[first])
+        }
+        schemes[scheme] = {"rows": rows, "judged": first, "differences": gaps}
         if scheme in cross:
             schemes[scheme]["cross_atlas"] = _joined(cross[scheme], cohort, other)
     command = _command()
@@ -265,13 +285,38 @@ def _kept(folder: Path, inputs: list[Any], work: Any) -> dict[str, Any]:
     return cell
 
 
-def _trained_on(folder: Path, cohort: Cohort) -> tuple[Any, int]:
-    """Split and fold that the run.json of a checkpoint names."""
+def _predictions(
+    folder: Path, fold: Fold, number: int, scheme: str, system: str, cell: Mapping[str, Any]
+) -> None:
+    """Files of predictions of one cell, as any other system's."""
+    table, slug = fold.cohort.participants, re.sub(r"[^a-z0-9]+", "-", system.lower()).strip("-")
+    for target, part in cell["targets"].items():
+        truth, score = table.loc[fold.tested, target], None
+        y_hat = np.array(part["y_hat"], float)
+        if not part["number"]:
+            classes = np.unique(truth.astype(str))
+            score, y_hat = y_hat, classes[(y_hat > 0).astype(int)]
+        write_predictions(
+            folder / f"{scheme}_{target}_{slug}_fold{number}.csv",
+            fold.tested,
+            truth.to_numpy() if part["number"] else truth.astype(str).to_numpy(),
+            y_hat,
+            system=system,
+            target=target,
+            fold=number,
+            part="test",
+            score=score,
+            site=table.loc[fold.tested, "site"].astype(str).to_numpy(),
+        )
+
+
+def _trained_on(folder: Path, cohort: Cohort) -> tuple[Any, int, str]:
+    """Split and fold that the run.json of a checkpoint names, and what tables call it."""
     path = folder / "run.json"
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
         name, fold = facts["arguments"]["split"], int(facts["arguments"]["fold"])
-        expected = facts["split_hash"]
+        expected, label = facts["split_hash"], facts["arguments"].get("label", "")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
             f"{path}: expected the facts of the training run, found {error!r}. Whom a checkpoint "
@@ -283,7 +328,7 @@ def _trained_on(folder: Path, cohort: Cohort) -> tuple[Any, int]:
             f"{folder}: expected split {expected[:12]}, on which it was trained, found "
             f"{split.hash[:12]} ({name}). Leave its split as it was."
         )
-    return split, fold
+    return split, fold, label
 
 
 def _picture(model: AVQConnectomeModel, fold: Fold, cohort: Cohort, path: Path) -> None:

@@ -25,6 +25,7 @@ RAW = "raw connectivity"
 GROUP_MEAN = "group mean"
 #: name -> principal components, how many of them share a token, codes; 0 codes: not quantised
 PLAIN = {
+    "PCA 192 + k-means 8192, triples": (192, 3, 8192),
     "PCA 192 + k-means 4096, triples": (192, 3, 4096),
     "PCA 192, not quantised": (192, 1, 0),
     "PCA of all that training spans, not quantised": (10**6, 1, 0),
@@ -75,6 +76,12 @@ def tokens_of(name: str) -> int | None:
     """Tokens a scan of a row of `PLAIN`; None where nothing is quantised."""
     components, group, codes = PLAIN.get(name, (0, 1, 0))
     return components // group if codes else None
+
+
+def bits_of(name: str) -> float | None:
+    """Bits a scan of a row of `PLAIN`; None where nothing is quantised."""
+    components, group, codes = PLAIN.get(name, (0, 1, 0))
+    return components // group * float(np.log2(codes)) if codes else None
 
 
 def score_cell(

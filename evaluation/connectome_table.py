@@ -19,7 +19,8 @@ def connectome_markdown(schemes: Mapping[str, Mapping[str, Any]], notes: Sequenc
     ----------
     schemes : mapping
         Scheme to `rows` (each with `system`, `tokens`, `learned` and the keys of
-        `connectome.summary`) and, where it was measured, `cross_atlas`.
+        `connectome.summary`) and, where they were measured, `cross_atlas` and `differences` of the
+        system `judged` to the others.
     notes : sequence of str
         Paragraphs that go below.
     """
@@ -30,7 +31,16 @@ def connectome_markdown(schemes: Mapping[str, Mapping[str, Any]], notes: Sequenc
         names = [
             key.replace("_", " ").replace("mae", "MAE").replace("auc", "AUC") for key in targets
         ]
-        head = ["system", "tokens / scan", "folds", "scans", "full", "deviation", "top-1 of halves"]
+        head = [
+            "system",
+            "tokens",
+            "bits",
+            "folds",
+            "scans",
+            "full",
+            "deviation",
+            "top-1 of halves",
+        ]
         lines += [
             f"### {scheme.replace('_', ' ')}",
             "",
@@ -41,9 +51,10 @@ def connectome_markdown(schemes: Mapping[str, Mapping[str, Any]], notes: Sequenc
             name = f"**{row['system']}**" if row["learned"] else row["system"]
             values = [number(row[key], 3) for key in ("full", "deviation", "top1")]
             values += [number(row.get(key), 3 if key.endswith("auc") else 2) for key in targets]
-            cells = [name, str(row["tokens"] or "–"), str(row["folds"]), str(row["scans"]), *values]
+            cells = [name, str(row["tokens"] or "–"), number(row.get("bits"), 0)]
+            cells += [str(row["folds"]), str(row["scans"]), *values]
             lines.append("| " + " | ".join(cells) + " |")
-        lines.append("")
+        lines += ["", *_difference_lines(part)]
         if "cross_atlas" in part:
             cross = part["cross_atlas"]
             lines += [
@@ -57,6 +68,29 @@ def connectome_markdown(schemes: Mapping[str, Mapping[str, Any]], notes: Sequenc
             ]
     lines += [f"{note}\n" for note in notes]
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _difference_lines(part: Mapping[str, Any]) -> list[str]:
+    """A table of what is better (or worse) about the judged system than about each other one."""
+    gaps = part.get("differences")
+    if not gaps:
+        return []
+    keys = [key for key in next(iter(gaps.values())) if key not in ("full", "deviation")]
+    keys = ["full", "deviation", *keys]
+    names = [key.replace("_", " ").replace("mae", "MAE").replace("auc", "AUC") for key in keys]
+    lines = [
+        f"{part['judged']} minus each other system, same scans, 95 % intervals over scans:",
+        "",
+        "| minus | " + " | ".join(names) + " |",
+        "|---|" + "---|" * len(keys),
+    ]
+    for system, found in gaps.items():
+        row = [
+            "–" if key not in found else "{:+.3f} ({:+.3f} to {:+.3f})".format(*found[key])
+            for key in keys
+        ]
+        lines.append(f"| {system} | " + " | ".join(row) + " |")
+    return [*lines, ""]
 
 
 def render_matrices(pairs: Sequence[tuple[str, np.ndarray, np.ndarray]], path: str | Path) -> Path:

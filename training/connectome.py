@@ -35,6 +35,7 @@ class ConnectomeArguments:
     cohort: str
     split: str
     stream: str = "connectivity"
+    label: str = ""
     text_model: str = ""
     fold: int = 0
     model: dict = field(default_factory=dict)

@@ -4,15 +4,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from cortexicon.evaluation import EvaluationError
 from cortexicon.evaluation.connectome import (
     GROUP_MEAN,
     RAW,
+    bits_of,
     plain_system,
     score_cell,
     summary,
     tokens_of,
     top1_of_halves,
 )
+from cortexicon.evaluation.connectome_paired import differences
 from cortexicon.evaluation.connectome_table import connectome_markdown
 
 PAIRS = 45
@@ -76,10 +79,39 @@ def test_the_summary_pools_scans_and_averages_folds():
 
 def test_the_table_has_a_line_for_each_system():
     found = [
-        {"system": name, "tokens": tokens_of(name), "learned": False} | summary([cell(name)])
+        {"system": name, "tokens": tokens_of(name), "bits": bits_of(name), "learned": False}
+        | summary([cell(name)])
         for name in (RAW, "PCA 128 + k-means 4096, quadruples")
     ]
     text = connectome_markdown({"site_stratified": {"rows": found}}, ["Measured here."])
-    assert "| raw connectivity | – | 1 | 20 | 1.000 | 1.000 | 1.000 |" in text
-    assert "| PCA 128 + k-means 4096, quadruples | 32 |" in text
+    assert "| raw connectivity | – | – | 1 | 20 | 1.000 | 1.000 | 1.000 |" in text
+    assert "| PCA 128 + k-means 4096, quadruples | 32 | 384 |" in text
     assert text.endswith("Measured here.\n")
+
+
+def test_differences_are_of_the_same_scans():
+    """Known answers: errors a year larger, correlations a tenth lower, the ranking turned."""
+    raw = cell(RAW)
+    worse = {**raw, "deviation": raw["deviation"] - 0.1, "targets": {}}
+    age, sex = raw["targets"]["age"], raw["targets"]["sex"]
+    worse["targets"]["age"] = {**age, "y_hat": age["y"] + 1.0}
+    worse["targets"]["sex"] = {**sex, "y_hat": -sex["y_hat"]}
+    perfect = {**raw, "targets": {**raw["targets"], "age": {**age, "y_hat": age["y"]}}}
+    found = differences([perfect, perfect], [worse, worse], resamples=50)
+    assert found["deviation"] == pytest.approx([0.1] * 3)
+    assert found["age_mae"] == pytest.approx([-1.0] * 3)
+    value, low, high = found["sex_auc"]
+    assert low <= value <= high
+    assert value > 0.9  # near 1 less near 0
+    assert differences([raw], [raw], resamples=20)["age_mae"] == [0.0, 0.0, 0.0]
+    other = {**raw, "targets": {"age": {**age, "y": age["y"] + 1}}}
+    with pytest.raises(EvaluationError, match="same people"):
+        differences([raw], [other], resamples=5)
+    with pytest.raises(EvaluationError, match="same folds"):
+        differences([raw], [raw, raw], resamples=5)
+
+
+def test_a_system_that_tells_nothing_has_no_difference_in_deviation():
+    found = differences([cell(RAW)], [cell(GROUP_MEAN)], resamples=20)
+    assert "deviation" not in found
+    assert found["age_mae"][0] < 0

@@ -8,6 +8,7 @@ import yaml
 
 from cortexicon import cli
 from cortexicon.cohorts import load_cohort, make_split, save_cohort, simulate_cohort
+from cortexicon.evaluation import read_predictions
 from cortexicon.evaluation.connectivity import correlation_by_scan
 from cortexicon.inference import cohort_matrices, load_connectome, read_codes
 from cortexicon.training.connectome import further_scans
@@ -133,6 +134,12 @@ def test_the_table_scores_folds_once(folder, tmp_path, capsys):
     assert [path.stat().st_mtime_ns for path in cells] == before
     assert (tmp_path / "t.png").stat().st_size > 10_000
     assert "AVQ connectome" in (tmp_path / "t.md").read_text()
+    gaps = table["differences"]["raw connectivity"]
+    assert gaps["deviation"][0] < 0
+    # The predictions are files like any other system's, and say the same.
+    files = sorted((tmp_path / "predictions").glob("site_stratified_age_avq-connectome*"))
+    ages = read_predictions(files)[["y", "y_hat"]].astype(float)
+    assert (ages["y"] - ages["y_hat"]).abs().mean() == pytest.approx(ours["age_mae"])
     run("evaluate", folder / "codec", folder / "cohort", "--split", split,
         "--json", tmp_path / "s.json")  # fmt: skip
     assert json.loads((tmp_path / "s.json").read_text())["scans"] == 35
