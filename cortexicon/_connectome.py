@@ -7,6 +7,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ from cortexicon.inference.connectome import check_atlas, describe_connectome_cod
 from cortexicon.modeling import AVQConnectomeModel
 
 OURS = "AVQ connectome"
+# The first of `PLAIN` has our bits.
+FEW = (RAW, GROUP_MEAN, next(iter(PLAIN)))
+PLAIN_ROWS = {"all": (RAW, GROUP_MEAN, *PLAIN), "few": FEW, "none": ()}
 TARGETS = ("age", "sex", "diagnosis")
 
 
@@ -111,9 +115,9 @@ def table(arguments: argparse.Namespace) -> None:
         found.setdefault(name, []).append(ours)
         _predictions(arguments.json.parent / "predictions", fold, number, split.scheme, name, ours)
         # Once a fold, however many checkpoints of it there are.
-        alone = arguments.ours_only or (split.scheme, number) in seen
+        names = () if (split.scheme, number) in seen else PLAIN_ROWS[arguments.plain]
         seen.add((split.scheme, number))
-        for plain in () if alone else (RAW, GROUP_MEAN, *PLAIN):
+        for plain in names:
             cell = _kept(
                 rows_folder,
                 [plain, *key],
@@ -183,14 +187,17 @@ class Fold:
         self.cohort, self.parts = cohort, parts
         self.fitted = [*parts["train"], *parts["validation"]]
         self.tested = list(parts["test"])
-        self._train: np.ndarray | None = None
 
-    @property
+    @cached_property
     def train(self) -> np.ndarray:
         """Computed when a cell needs it."""
-        if self._train is None:
-            self._train = pair_rows(cohort_matrices(self.cohort, self.fitted))
-        return self._train
+        return pair_rows(cohort_matrices(self.cohort, self.fitted))
+
+    @cached_property
+    def test(self) -> list[np.ndarray]:
+        """Whole scans, first halves, second halves."""
+        parts = ((0.0, 1.0), (0.0, 0.5), (0.5, 1.0))
+        return [pair_rows(cohort_matrices(self.cohort, self.tested, part)) for part in parts]
 
     def score(self, system: System) -> dict[str, Any]:
         """`score_cell` of a system on the test people."""
@@ -199,11 +206,8 @@ class Fold:
         return score_cell(
             system,
             self.train,
-            pair_rows(cohort_matrices(self.cohort, tested)),
-            [
-                pair_rows(cohort_matrices(self.cohort, tested, part))
-                for part in ((0.0, 0.5), (0.5, 1.0))
-            ],
+            self.test[0],
+            self.test[1:],
             (table.loc[self.fitted], table.loc[tested]),
             targets,
         )

@@ -155,7 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--other", type=Path, default=None, help="same scans in another atlas, to decode into"
     )
-    command.add_argument("--ours-only", action="store_true", help="leave out the plain rows")
+    command.add_argument(
+        "--plain",
+        choices=("all", "few", "none"),
+        default="all",
+        help="plain rows beside the checkpoints (few: raw, group mean, PCA + k-means of our bits)",
+    )
 
     command = commands.add_parser("alignment", help="can fresh probes tell codes from text?")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

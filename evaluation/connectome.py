@@ -209,7 +209,7 @@ def summary(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _nearest(rows: np.ndarray, centres: np.ndarray) -> np.ndarray:
     half = 0.5 * (centres**2).sum(axis=1)
-    blocks = np.array_split(rows, max(1, len(rows) // 4096))
+    blocks = np.array_split(rows, max(1, len(rows) // 256))  # scores that stay in the cache
     return np.concatenate([(block @ centres.T - half).argmax(axis=1) for block in blocks])
 
 
