@@ -9,12 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from cortexicon._connectome_examples import examples
 from cortexicon._parts import chosen
 from cortexicon.cohorts import Cohort, load_cohort, load_split, read_regions
 from cortexicon.evaluation import EvaluationError, write_json
@@ -34,6 +36,8 @@ from cortexicon.evaluation.connectome_paired import differences
 from cortexicon.evaluation.connectome_table import connectome_markdown, render_matrices
 from cortexicon.evaluation.json_files import json_safe
 from cortexicon.evaluation.predictions import write_predictions
+from cortexicon.evaluation.rendering_connectome import EXAMPLES
+from cortexicon.evaluation.scores import code_usage
 from cortexicon.inference import (
     CohortMatrices,
     cohort_matrices,
@@ -78,14 +82,38 @@ def decode(arguments: argparse.Namespace) -> None:
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """`cortexicon evaluate` with a checkpoint of the connectivity stream: one fold's scores."""
+    """`cortexicon evaluate` with a checkpoint of the connectivity stream: one fold's scores.
+
+    What `cortexicon report` draws goes beside them.
+    """
     if arguments.split is None:
         raise EvaluationError("expected --split FILE, for what was fitted on must be left out.")
-    cohort = load_cohort(arguments.cohort)
-    check_atlas(load_connectome(arguments.checkpoint), cohort, arguments.checkpoint)
+    cohort, model = load_cohort(arguments.cohort), load_connectome(arguments.checkpoint)
+    check_atlas(model, cohort, arguments.checkpoint)
     fold = Fold(cohort, load_split(arguments.split, cohort)[arguments.fold])
-    cell = fold.score(codec(load_connectome(arguments.checkpoint), cohort))
-    write_json(arguments.json, {**summary([json_safe(cell)]), "command": _command()})
+    started = perf_counter()
+    scans = cohort_matrices(cohort, fold.tested)
+    codes = encode_matrices(model, scans, cohort.coordinates)
+    seconds = perf_counter() - started
+    cell = fold.score(codec(model, cohort))
+    facts = {
+        "encode_seconds": seconds,
+        "encoded_scans": len(codes),
+        "code_usage": code_usage(np.bincount(codes.ravel(), minlength=model.config.num_codes)),
+        "codebook_fingerprint": model.codebook_fingerprint(),
+        "command": _command(),
+    }
+    write_json(arguments.json, {**summary([json_safe(cell)]), **facts})
+    _predictions(
+        arguments.predictions or arguments.json.parent / "predictions",
+        fold,
+        arguments.fold,
+        "connectome",
+        OURS,
+        cell,
+    )
+    mean = np.nan_to_num(np.nanmean(fold.train, axis=0))
+    examples(model, cohort, scans, codes, mean, arguments.json.with_name(EXAMPLES))
     print(f"scores -> {arguments.json}")
 
 

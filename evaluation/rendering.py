@@ -184,7 +184,7 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
     """
     from matplotlib import rc_context
 
-    from . import rendering_clinical, rendering_codec
+    from . import rendering_clinical, rendering_codec, rendering_connectome
 
     run = Path(run_folder)
     logs = {stage: read_log(run / stage / "training_log.jsonl") for stage in STAGES}
@@ -218,6 +218,11 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
                 absent,
                 partial(rendering_codec.draw_examples, function, examples_path),
             )
+        connectome = run / "evaluation" / rendering_connectome.EXAMPLES
+        if connectome.is_file():  # a run without the second stream lacks nothing
+            for name, title, caption, function in rendering_connectome.FIGURES:
+                drawing = partial(rendering_codec.draw_examples, function, connectome)
+                draw(name, title, caption, "", drawing)
         for name, title, caption, drawing in rendering_clinical.clinical_figures(run):
             if drawing is None:
                 draw(name, title, caption, "no predictions in this run", lambda: None)
