@@ -221,8 +221,8 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
         connectome = run / "evaluation" / rendering_connectome.EXAMPLES
         if connectome.is_file():  # a run without the second stream lacks nothing
             for name, title, caption, function in rendering_connectome.FIGURES:
-                drawing = partial(rendering_codec.draw_examples, function, connectome)
-                draw(name, title, caption, "", drawing)
+                of_examples = partial(rendering_codec.draw_examples, function, connectome)
+                draw(name, title, caption, "", of_examples)
         for name, title, caption, drawing in rendering_clinical.clinical_figures(run):
             if drawing is None:
                 draw(name, title, caption, "no predictions in this run", lambda: None)

@@ -10,7 +10,7 @@ from cortexicon import cli
 from cortexicon.cohorts import load_cohort, make_split, save_cohort, simulate_cohort
 from cortexicon.evaluation import read_predictions
 from cortexicon.evaluation.connectivity import correlation_by_scan
-from cortexicon.inference import cohort_matrices, load_connectome, read_codes
+from cortexicon.inference import cohort_matrices, decode_matrices, load_connectome, read_codes
 from cortexicon.training.connectome import further_scans
 
 MODEL = {
@@ -142,7 +142,34 @@ def test_the_table_scores_folds_once(folder, tmp_path, capsys):
     assert (ages["y"] - ages["y_hat"]).abs().mean() == pytest.approx(ours["age_mae"])
     run("evaluate", folder / "codec", folder / "cohort", "--split", split,
         "--json", tmp_path / "s.json")  # fmt: skip
-    assert json.loads((tmp_path / "s.json").read_text())["scans"] == 35
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert scores["scans"] == scores["encoded_scans"] == 35
+    assert 0 < scores["code_usage"]["usage"] <= 1
+    assert scores["encode_seconds"] < 60
+
+
+def test_the_report_shows_matrices_and_what_codes_mean(folder, tmp_path):
+    run("evaluate", folder / "codec", folder / "cohort", "--split", folder / "split.json",
+        "--json", tmp_path / "evaluation" / "connectome.json")  # fmt: skip
+    with np.load(tmp_path / "evaluation" / "connectome_examples.npz") as found:
+        effects, tokens, pairs = (
+            found[name] for name in ("effects", "effect_tokens", "effect_codes")
+        )
+        assert found["raw"].shape == found["decoded"].shape == (2, 28, 28)
+    assert len(set(tokens)) == 4
+    # The loudest first; each is what one token alone makes of two codes.
+    sizes = np.square(effects).sum((1, 2))
+    assert (np.diff(sizes) <= 0).all()
+    model = load_connectome(folder / "codec")
+    codes = np.zeros((2, 6), np.int64)
+    codes[:, tokens[0]] = pairs[0]
+    both = decode_matrices(model, codes)
+    np.testing.assert_allclose(both[0] - both[1], effects[0], atol=1e-4)
+    assert len(list((tmp_path / "evaluation" / "predictions").glob("*_fold0.csv"))) >= 2
+    run("report", tmp_path)
+    for name in ("connectome_matrices", "connectome_meaning"):
+        assert (tmp_path / "figures" / f"{name}.png").stat().st_size > 10_000
+    assert "What a code of connectivity means" in (tmp_path / "report.html").read_text()
 
 
 def test_scans_of_held_out_people_and_sites_serve_nothing(folder):
