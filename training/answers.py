@@ -1,5 +1,6 @@
 """What the language models besides AVQ's share: labels of answers, validation, files out."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cortexicon.inference.grammar import (
     read_answers,
 )
 
-from .faults import disk_errors
+from .faults import disk_errors, write_text_whole
 
 PREDICTED_PARTS = ("validation", "test", "test_sites")
 # One entry for each token of a written answer: the tokens that share its credit, and how.
@@ -119,18 +120,19 @@ def write_predictions_of(
     targets: Sequence[dict[str, Any]],
     people: pd.DataFrame,
     path: Path,
+    every_path: Path,
     *,
     system: str,
     fold: int,
 ) -> None:
-    """Two files of predictions: the chosen readouts in `path`, all of them beside it.
+    """Two files of predictions: of the chosen readouts, and of all of them.
 
     Parameters
     ----------
     answers : mapping
         Part of the split -> name of a target -> Answers.
-    path : Path
-        `NAME.csv`; every readout, each as a system of its own, goes to `NAME_readouts.csv`.
+    path, every_path : Path
+        In the second every readout is a system of its own.
     """
     chosen, every = [], []
     for part, by_target in answers.items():
@@ -147,9 +149,17 @@ def write_predictions_of(
                 for readout in READOUTS[target["kind"]]
             ]
     write_table(path, pd.concat(chosen, ignore_index=True))
-    write_table(
-        path.with_name(f"{path.stem}_readouts{path.suffix}"), pd.concat(every, ignore_index=True)
-    )
+    write_table(every_path, pd.concat(every, ignore_index=True))
+
+
+def write_cost(path: str, parameters: int, tokens_per_scan: int | None) -> None:
+    """What a benchmark wants to know of a system's cost, as JSON; nowhere where `path` is empty."""
+    if not path:
+        return
+    cost: dict[str, int] = {"parameters": parameters}
+    if tokens_per_scan is not None:
+        cost["tokens_per_scan"] = tokens_per_scan
+    write_text_whole(Path(path), json.dumps(cost) + "\n")
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

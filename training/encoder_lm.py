@@ -29,6 +29,7 @@ from .answers import (
     others_of,
     permuted_labels,
     validation_scores,
+    write_cost,
     write_predictions_of,
 )
 from .arguments import TrainingError, load_arguments
@@ -57,6 +58,7 @@ class EncoderLMArguments:
     fold: int = 0
     control: str = "none"
     predictions: str = ""
+    cost: str = ""
     windows_per_scan: int = 4
     prefix_tokens: int = 0
     projector_hidden_size: int = 256
@@ -334,6 +336,8 @@ def train(arguments: EncoderLMArguments, run: Run) -> int:
         best = best_error(output, error_name(targets[0]), arguments.max_steps + 1)
         facts |= {"targets": kept.config.targets, f"best_{error_name(targets[0])}": best}
         write_run_facts(output, "encoder-lm", arguments, seconds=log.seconds, **facts)
+        tokens = (arguments.prefix_tokens or count) * arguments.windows_per_scan
+        write_cost(arguments.cost, facts["parameters"], tokens if with_prefix else 0)
         remove_state(output)
         print(
             f"Language model in {output}: best {error_name(targets[0]).removeprefix('eval_')} on "
@@ -383,6 +387,7 @@ def finish(
         targets,
         cohort.participants,
         Path(arguments.predictions or output / "predictions.csv"),
+        output / "predictions_readouts.csv",
         system=arguments.system or f"{name[arguments.encoder]} features + GPT-2",
         fold=arguments.fold,
     )

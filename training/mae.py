@@ -19,7 +19,7 @@ from cortexicon.inference.predict import window_starts
 from cortexicon.modeling import FMRIMAEConfig, FMRIMAEModel
 from cortexicon.tokenization import AVQFeatureExtractor
 
-from .answers import permuted_labels, write_table
+from .answers import permuted_labels, write_cost, write_table
 from .arguments import TrainingError, load_arguments
 from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
 from .collators import (
@@ -50,6 +50,7 @@ class MAEArguments:
     system: str = "masked autoencoder"
     control: str = "none"
     predictions: str = ""
+    cost: str = ""
     windows_per_scan: int = 2
     flip_sign: bool = True
     reverse_time: bool = True
@@ -240,6 +241,8 @@ def train(arguments: MAEArguments, run: Run) -> int:
             raw_model.save_pretrained(folder)
             extractor.save_pretrained(folder)
         score = explained(raw_model, validation, arguments.eval_windows, arguments.batch_size)
+        tokens = config.num_patches * len(cohort.labels) * arguments.windows_per_scan
+        write_cost(arguments.cost, facts["parameters"], tokens)
         write_run_facts(
             output, "mae", arguments, seconds=log.seconds, eval_explained=score, **facts
         )

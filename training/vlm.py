@@ -36,6 +36,7 @@ from .answers import (
     others_of,
     permuted_labels,
     validation_scores,
+    write_cost,
     write_predictions_of,
 )
 from .arguments import TrainingError, load_arguments
@@ -43,7 +44,7 @@ from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_sta
 from .collators import PreparedScans, draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
 from .prompts import answer_loss, checked_targets
-from .vlm_models import TrainedParts, load_base, plan, with_lora
+from .vlm_models import TrainedParts, load_base, plan, shard_frozen, with_lora
 
 CONTROLS = ("none", "permuted_labels", "other_subject", "blank_image", "text_only")
 
@@ -64,6 +65,7 @@ class VLMArguments:
     fold: int = 0
     control: str = "none"
     predictions: str = ""
+    cost: str = ""
     image_kind: str = "both"
     image_size: list = field(default_factory=lambda: [448, 448])
     palette: str = "gray"
@@ -72,6 +74,7 @@ class VLMArguments:
     prompts_per_scan: int = 2
     lora: dict = field(default_factory=dict)
     quantize: str = "no"
+    shard: bool = False
     activation_checkpointing: bool = True
     number_sd: float = 2.0
     max_steps: int = 300
@@ -108,6 +111,8 @@ def main(argv: list[str]) -> int:
         )
     if arguments.plan:
         return show_plan(arguments)
+    if arguments.shard and arguments.quantize != "no":
+        raise TrainingError("shard and quantize are two ways to the same end: choose one.")
     with begin_run(arguments) as run:
         return train(arguments, run)
 
@@ -247,7 +252,12 @@ def train(arguments: VLMArguments, run: Run) -> int:
     }
     resumed = run.begin("vlm", arguments, facts, saved, optimizer)
     log = TrainingLog(output, main_process, resumed)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    sharded = arguments.shard and accelerator.num_processes > 1
+    if sharded:
+        shard_frozen(model, accelerator.device, accelerator.num_processes)
+        wrapped, optimizer = model, accelerator.prepare(optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare(model, optimizer)
     wrapped.train()
 
     def batch_at(step: int, attempt: int, part: int, excluded: set[int]) -> dict[str, Any]:
@@ -299,6 +309,9 @@ def train(arguments: VLMArguments, run: Run) -> int:
                 one = answer_loss(logits[rows, columns], batch["labels"])
                 accelerator.backward(one / share)
                 loss += one.detach() / share
+            if sharded:
+                for parameter in trained:
+                    parameter.grad = accelerator.reduce(parameter.grad, "mean")
             gradient = accelerator.clip_grad_norm_(trained, 1.0)
             guard.judge(loss, gradient, optimizer)
         optimizer.step()
@@ -312,9 +325,19 @@ def train(arguments: VLMArguments, run: Run) -> int:
         if stop := run.end_step(done, due, saved, optimizer.optimizer, log.seconds):
             return stop
 
-    accelerator.wait_for_everyone()
+    # Every process asks, for the layers of a sharded model need them all; the first one writes.
+    found, scores = ask_all(arguments, model, questions, cohort, parts, targets, main_process)
     if main_process:
-        scores = finish(arguments, output, model, questions, cohort, parts, targets, pictures)
+        path = Path(arguments.predictions or output / "predictions.csv")
+        tiny = " (tiny random model)" if arguments.tiny else ""
+        system = arguments.system or f"VLM {arguments.family}{tiny}"
+        facts_of = {"system": system, "fold": arguments.fold}
+        every = output / "predictions_readouts.csv"
+        write_predictions_of(found, targets, people, path, every, **facts_of)
+        shown_tokens = questions.inputs([pictures.draw(subjects[0], 0)], targets[0]["question"])
+        tokens = shown_tokens["input_ids"].shape[1] * arguments.prompts_per_scan
+        write_cost(arguments.cost, facts["parameters"], tokens)
+        save_checkpoint(arguments, output, model, questions, targets, pictures.image)
         log.write(arguments.max_steps, **scores)
         write_run_facts(output, "vlm", arguments, seconds=log.seconds, **facts, **scores)
         remove_state(output)
@@ -327,48 +350,45 @@ def train(arguments: VLMArguments, run: Run) -> int:
     return 0
 
 
-def finish(
+def ask_all(
     arguments: VLMArguments,
-    output: Path,
     model: Any,
     questions: ImageQuestions,
     cohort: Cohort,
     parts: dict[str, list[str]],
     targets: list[dict[str, Any]],
-    pictures: Pictures,
-) -> dict[str, float]:
-    """Ask about every held-out scan, write predictions and the checkpoint; validation scores."""
+    main_process: bool,
+) -> tuple[dict[str, dict[str, Answers]], dict[str, float]]:
+    """Answers about every held-out scan by part and target, and validation scores.
+
+    Sets the readout of each of `targets` to the one that is best on validation subjects.
+    """
     model.eval()
     book = AnswerBook(questions.answer_ids, arguments.number_sd)
     found: dict[str, dict[str, Answers]] = {}
     for part in PREDICTED_PARTS:
         if not parts.get(part):
             continue
-        held_out = prepare_pictures(arguments, cohort, parts[part], part, False)
+        held_out = prepare_pictures(arguments, cohort, parts[part], part, not main_process)
         instead = {}
         if arguments.control == "other_subject":
             instead = others_of(held_out.scans.subject_ids, arguments.seed)
-        found[part] = ask(
-            model,
-            questions,
-            held_out,
-            targets,
-            book,
-            arguments.prompts_per_scan,
-            arguments.eval_batch_size,
-            instead,
-        )
+        prompts, size = arguments.prompts_per_scan, arguments.eval_batch_size
+        found[part] = ask(model, questions, held_out, targets, book, prompts, size, instead)
     scores = validation_scores(found["validation"], targets, cohort.participants)
     choose_readouts(targets, scores)
-    tiny = " (tiny random model)" if arguments.tiny else ""
-    write_predictions_of(
-        found,
-        targets,
-        cohort.participants,
-        Path(arguments.predictions or output / "predictions.csv"),
-        system=arguments.system or f"VLM {arguments.family}{tiny}",
-        fold=arguments.fold,
-    )
+    return found, scores
+
+
+def save_checkpoint(
+    arguments: VLMArguments,
+    output: Path,
+    model: Any,
+    questions: ImageQuestions,
+    targets: list[dict[str, Any]],
+    image: ScanImage,
+) -> None:
+    """Write what `cortexicon.inference.vlm.load_vlm` reads."""
     with written_whole(output) as folder:
         if arguments.tiny:
             base, _ = load_base(arguments)  # anew: the adapter stands inside the other
@@ -378,11 +398,10 @@ def finish(
         facts = {
             "family": arguments.family,
             "with_image": questions.with_image,
-            "image": dataclasses.asdict(pictures.image),
+            "image": dataclasses.asdict(image),
             "targets": targets,
         }
         (folder / "questions.json").write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    return scores
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -188,6 +190,23 @@ def with_lora(model: PreTrainedModel, values: dict[str, Any]) -> PeftModel:
     """The model with a LoRA adapter; `values` are fields of `peft.LoraConfig`."""
     settings = {"r": 16, "lora_alpha": 32, "target_modules": LANGUAGE_LAYERS, **values}
     return get_peft_model(model, LoraConfig(**settings))
+
+
+def shard_frozen(model: PeftModel, device: torch.device, processes: int) -> None:
+    """Spread the frozen weights over all processes (FSDP), layer by layer; adapters stay whole.
+
+    A process then holds one layer besides its share. What is trained is small and stays the same on
+    every process: its gradients must be averaged by the caller.
+    """
+    base = model.get_base_model()
+    mesh = init_device_mesh(device.type, (processes,))
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    layers = set(base._no_split_modules or ())
+    for module in [m for m in base.modules() if type(m).__name__ in layers]:
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+    fully_shard(base, mesh=mesh, ignored_params=whole)
+    for parameter in whole:
+        parameter.data = parameter.data.to(device)
 
 
 class TrainedParts:
