@@ -331,9 +331,10 @@ def train(arguments: VLMArguments, run: Run) -> int:
         path = Path(arguments.predictions or output / "predictions.csv")
         tiny = " (tiny random model)" if arguments.tiny else ""
         system = arguments.system or f"VLM {arguments.family}{tiny}"
-        facts_of = {"system": system, "fold": arguments.fold}
         every = output / "predictions_readouts.csv"
-        write_predictions_of(found, targets, people, path, every, **facts_of)
+        write_predictions_of(
+            found, targets, people, path, every, system=system, fold=arguments.fold
+        )
         shown_tokens = questions.inputs([pictures.draw(subjects[0], 0)], targets[0]["question"])
         tokens = shown_tokens["input_ids"].shape[1] * arguments.prompts_per_scan
         write_cost(arguments.cost, facts["parameters"], tokens)
