@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from cortexicon import __version__, _generate_scan, _predict, _publish, _space
+from cortexicon import __version__, _benchmark, _generate_scan, _predict, _publish, _space
 from cortexicon._parser_data import add_data_commands
 
 
@@ -68,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument("--text-model", type=Path, default=None, help="default: RUNS/text")
     command.add_argument("--runs", type=Path, default=Path("runs/ablations"), help="run folders")
     command.add_argument("--results", type=Path, default=Path("results"), help="folder of scores")
+
+    _benchmark.add_parser(commands)
 
     command = commands.add_parser("encode", help="cohort to codes")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

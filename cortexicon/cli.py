@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cortexicon import (
+    _benchmark,
     _doctor,
     _fetch,
     _generate_scan,
@@ -18,6 +19,7 @@ from cortexicon import (
     _predict,
     _prepare,
     _publish,
+    _simulate,
     _space,
 )
 from cortexicon._parser import build_parser
@@ -82,14 +84,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _function_of(command: str) -> Callable[[argparse.Namespace], int | None]:
     """What runs a command of `_parser.build_parser`."""
     return {
-        "simulate": _simulate,
-        "split": _split,
+        "simulate": _simulate.simulate,
+        "split": _simulate.split,
         "fetch": _fetch.run,
         "prepare": _prepare.run,
         "doctor": _doctor.run,
         "other-atlases": _other_atlases.run,
         "train": _train,
         "ablate": _ablate,
+        "benchmark": _run_benchmark,
         "encode": _encode,
         "decode": _decode,
         "predict": _predict.run,
@@ -133,35 +136,6 @@ def _name_skipped(skipped: "list[SkippedScan]") -> None:
         print(f"left out {scan.subject_id}: {scan.reason}", file=sys.stderr)
 
 
-def _simulate(arguments: argparse.Namespace) -> None:
-    from cortexicon.cohorts import save_cohort, simulate_cohort
-
-    given = {
-        name: value
-        for name, value in (
-            ("num_subjects", arguments.num_subjects),
-            ("num_regions", arguments.num_regions),
-        )
-        if value is not None
-    }
-    cohort = simulate_cohort(**given, seed=arguments.seed, effect=arguments.effect)
-    save_cohort(cohort, arguments.out)
-    print(f"{len(cohort)} simulated subjects x {len(cohort.labels)} regions -> {arguments.out}")
-
-
-def _split(arguments: argparse.Namespace) -> None:
-    from cortexicon.cohorts import load_cohort, make_split
-
-    cohort = load_cohort(arguments.cohort)
-    split = make_split(cohort, arguments.scheme, seed=arguments.seed)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    split.save(arguments.out)
-    for number, parts in enumerate(split.folds):
-        sizes = ", ".join(f"{name} {len(subjects)}" for name, subjects in parts.items())
-        print(f"fold {number}: {sizes}")
-    print(f"split -> {arguments.out}")
-
-
 def _train(arguments: argparse.Namespace) -> int:
     import importlib
 
@@ -196,6 +170,12 @@ def _ablate(arguments: argparse.Namespace) -> int:
         cells, data, arguments.runs, arguments.results, arguments.jobs, arguments.retry_failed
     )
     return 1 if without else 0
+
+
+def _run_benchmark(arguments: argparse.Namespace) -> int:
+    from cortexicon.training.benchmark import run_benchmark
+
+    return 1 if run_benchmark(**_benchmark.options(arguments)) else 0
 
 
 def _encode(arguments: argparse.Namespace) -> None:

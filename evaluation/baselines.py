@@ -9,9 +9,9 @@ that reason no baseline predicts the validation part.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -86,6 +86,72 @@ def run_baselines(
     EvaluationError
         If a target is no column, or too few training subjects have it.
     """
+    fitted, tested, _ = fold_subjects(split_fold)
+    features = standardised(
+        connectivity_features(cohort, fitted), connectivity_features(cohort, tested)
+    )
+    train_kernel, test_kernel = (gram(part, features[0]) for part in features)
+    paths: list[Path] = []
+    for rows in rows_of_targets(cohort, split_fold, targets):
+        kernels = rows.kernels(train_kernel, test_kernel)
+        predict = _regressions if rows.numeric else _classifications
+        for system, (y_hat, score) in predict(
+            rows.train, rows.test, rows.target, kernels, np.random.default_rng(seed)
+        ).items():
+            paths.append(write_baseline(out_folder, rows, system, fold, y_hat, score))
+    return paths
+
+
+class TargetRows(NamedTuple):
+    """Who of a fold has a value of one target.
+
+    Attributes
+    ----------
+    target : str
+    numeric : bool
+        Regressed if so, else classified.
+    train, test : DataFrame
+        Participants with a value; `train` holds train and validation.
+    parts : list of str
+        Part of each test row.
+    in_train, in_test : bool arrays
+        Which of all the fold's subjects they are.
+    """
+
+    target: str
+    numeric: bool
+    train: pd.DataFrame
+    test: pd.DataFrame
+    parts: list[str]
+    in_train: np.ndarray
+    in_test: np.ndarray
+
+    def kernels(self, train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of kernels over all the fold's subjects, the parts with a value."""
+        return (
+            train[np.ix_(self.in_train, self.in_train)],
+            test[np.ix_(self.in_test, self.in_train)],
+        )
+
+
+def fold_subjects(split_fold: Mapping[str, Sequence[str]]) -> tuple[list[str], list[str], list]:
+    """Subjects that a baseline is fitted on, those that it is tested on, and the parts of these."""
+    fitted = [*split_fold["train"], *split_fold.get("validation", ())]
+    tested = [name for part in PREDICTED_PARTS for name in split_fold.get(part, ())]
+    parts = [part for part in PREDICTED_PARTS for _ in split_fold.get(part, ())]
+    return fitted, tested, parts
+
+
+def rows_of_targets(
+    cohort: Cohort, split_fold: Mapping[str, Sequence[str]], targets: Sequence[str]
+) -> Iterator[TargetRows]:
+    """The training and test rows of every target of a fold.
+
+    Raises
+    ------
+    EvaluationError
+        If a target is no column, or too few training subjects have it.
+    """
     participants = cohort.participants
     absent = [target for target in targets if target not in participants]
     if absent:
@@ -93,15 +159,7 @@ def run_baselines(
             f"Targets must be columns of the participants table; {', '.join(absent)} is not among "
             f"{', '.join(map(str, participants.columns))}."
         )
-    fitted = [*split_fold["train"], *split_fold.get("validation", ())]
-    tested = [name for part in PREDICTED_PARTS for name in split_fold.get(part, ())]
-    parts = [part for part in PREDICTED_PARTS for _ in split_fold.get(part, ())]
-    features = standardised(
-        connectivity_features(cohort, fitted), connectivity_features(cohort, tested)
-    )
-    train_kernel, test_kernel = (_gram(part, features[0]) for part in features)
-
-    paths: list[Path] = []
+    fitted, tested, parts = fold_subjects(split_fold)
     for target in targets:
         column = participants[target]
         has_train = column.loc[fitted].notna().to_numpy()
@@ -111,34 +169,40 @@ def run_baselines(
                 f"Target '{target}': {int(has_train.sum())} training and {int(has_test.sum())} "
                 f"test subjects have a value; expected at least {2 * INNER_FOLDS} and 1."
             )
-        numeric = is_numeric_target(column)
-        train_rows = participants.loc[np.array(fitted)[has_train]]
-        test_rows = participants.loc[np.array(tested)[has_test]]
-        kernels = (
-            train_kernel[np.ix_(has_train, has_train)],
-            test_kernel[np.ix_(has_test, has_train)],
+        yield TargetRows(
+            target,
+            is_numeric_target(column),
+            participants.loc[np.array(fitted)[has_train]],
+            participants.loc[np.array(tested)[has_test]],
+            np.array(parts)[has_test].tolist(),
+            has_train,
+            has_test,
         )
-        predict = _regressions if numeric else _classifications
-        for system, (y_hat, score) in predict(
-            train_rows, test_rows, target, kernels, np.random.default_rng(seed)
-        ).items():
-            name = re.sub(r"[^a-z0-9]+", "-", f"{target} {system}".lower()).strip("-")
-            truth = test_rows[target].to_numpy()
-            paths.append(
-                write_predictions(
-                    Path(out_folder) / f"baseline_{name}_fold{fold}.csv",
-                    test_rows.index.astype(str),
-                    truth.astype(float) if numeric else truth.astype(str),
-                    y_hat,
-                    system=system,
-                    target=target,
-                    fold=fold,
-                    part=np.array(parts)[has_test].tolist(),
-                    score=score,
-                    site=test_rows["site"].astype(str).to_numpy(),
-                )
-            )
-    return paths
+
+
+def write_baseline(
+    out_folder: str | Path,
+    rows: TargetRows,
+    system: str,
+    fold: int,
+    y_hat: np.ndarray,
+    score: np.ndarray | None,
+) -> Path:
+    """Write `baseline_TARGET_SYSTEM_foldN.csv` for the test rows of one target."""
+    name = re.sub(r"[^a-z0-9]+", "-", f"{rows.target} {system}".lower()).strip("-")
+    truth = rows.test[rows.target].to_numpy()
+    return write_predictions(
+        Path(out_folder) / f"baseline_{name}_fold{fold}.csv",
+        rows.test.index.astype(str),
+        truth.astype(float) if rows.numeric else truth.astype(str),
+        y_hat,
+        system=system,
+        target=rows.target,
+        fold=fold,
+        part=rows.parts,
+        score=score,
+        site=rows.test["site"].astype(str).to_numpy(),
+    )
 
 
 def is_numeric_target(column: pd.Series) -> bool:
@@ -244,7 +308,7 @@ def _log_if_positive(y: np.ndarray) -> tuple:
     return (np.log, np.exp) if (y > 0).all() else (np.asarray, np.asarray)
 
 
-def _gram(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+def gram(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Linear kernel, scaled so that its diagonal is about 1; float64 (rows, columns)."""
     return (rows @ columns.T).astype(np.float64) / rows.shape[1]
 

@@ -112,7 +112,7 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     truth = rows.drop_duplicates("subject_id")["y"]
     described: dict[str, Any] = {"num_subjects": len(truth)}
     if numeric:
-        described |= _spread(truth.astype(float).to_numpy(), "")
+        described |= spread(truth.astype(float).to_numpy(), "")
     else:
         described["class_counts"] = truth.value_counts().sort_index().to_dict()
     score_one = _score_numbers if numeric else _score_classes
@@ -139,7 +139,8 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     return described
 
 
-def _spread(values: np.ndarray, prefix: str) -> dict[str, float]:
+def spread(values: np.ndarray, prefix: str) -> dict[str, float]:
+    """SD, minimum and maximum, their keys with `prefix`."""
     return {
         f"{prefix}sd": float(values.std(ddof=1)) if len(values) > 1 else float("nan"),
         f"{prefix}minimum": float(values.min()),
@@ -159,8 +160,8 @@ def _score_numbers(
     for name, formula in (("mae", mean_absolute_error), ("r", pearson), ("r2", prediction_r2)):
         scores[name] = formula(y, y_hat)
         scores[f"{name}_interval"] = interval_of(formula, (y, y_hat), num_resamples, seed)
-    scores |= _spread(y_hat, "predicted_")
-    scores["mae_bias_corrected"] = _bias_corrected_mae(y, y_hat)
+    scores |= spread(y_hat, "predicted_")
+    scores["mae_bias_corrected"] = bias_corrected_mae(y, y_hat)
     for name, other in (("difference_to_floor", floor), ("difference_to_reference", reference)):
         errors = _paired_errors(table, other)
         if errors is not None:
@@ -195,7 +196,7 @@ def _paired_errors(*tables: pd.DataFrame | None) -> list[np.ndarray] | None:
     return [np.abs(t.loc[common, "y_hat"] - t.loc[common, "y"]).to_numpy() for t in known]
 
 
-def _bias_corrected_mae(y: np.ndarray, y_hat: np.ndarray) -> float:
+def bias_corrected_mae(y: np.ndarray, y_hat: np.ndarray) -> float:
     """MAE after the error's straight-line dependence on the TRUE value is removed.
 
     NOTE: the usual "bias correction" of brain-age papers. It knows the true value, so a constant

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .baselines import _gram, is_numeric_target, kernel_ridge, support_vectors
+from .baselines import gram, is_numeric_target, kernel_ridge, support_vectors
 from .connectivity import correlation_by_scan, standardised
 from .errors import EvaluationError
 from .scores import area_under_curve
@@ -121,7 +121,7 @@ def score_cell(
     decoded_train, decoded = system(train), system(test)
     raw_mean, decoded_mean = np.nanmean(train, axis=0), np.nanmean(decoded_train, axis=0)
     features = standardised(decoded_train, decoded)
-    kernels = _gram(features[0], features[0]), _gram(features[1], features[0])
+    kernels = gram(features[0], features[0]), gram(features[1], features[0])
     found: dict[str, Any] = {}
     for target in targets:
         columns = [part[target] for part in people]

@@ -100,7 +100,7 @@ def tokenizer_baseline(
     scale = np.maximum(deviations / deviations[0], 1e-4).astype(np.float32)
     to_courses, to_regions = basis / scale, (basis * scale).T
     generator = np.random.default_rng(seed)
-    rows = _training_patches(train, to_courses, patch_length, max_patches, generator)
+    rows = training_patches(train, to_courses, patch_length, max_patches, generator)
     centres = k_means(rows, _num_centres(num_codes, rows), iterations, generator)
     return {
         "system": f"spatial PCA {num_components} + k-means",
@@ -139,7 +139,7 @@ def region_patch_baseline(
         )
     generator = np.random.default_rng(seed)
     itself = np.eye(regions, dtype=np.float32)
-    rows = _training_patches(train, itself, patch_length, max_patches, generator)
+    rows = training_patches(train, itself, patch_length, max_patches, generator)
     centres = k_means(rows, _num_centres(num_codes, rows), iterations, generator)
     return {
         "system": "k-means on region patches",
@@ -160,7 +160,7 @@ def _with_windows(items_train: Items, items_test: Items) -> tuple[list, list]:
     return train, test
 
 
-def _to_patches(
+def to_patches(
     windows: np.ndarray, to_courses: np.ndarray, patch_length: int, first: int = 0
 ) -> np.ndarray:
     """(windows, window, regions) -> (windows * patches * courses, patch_length).
@@ -174,7 +174,7 @@ def _to_patches(
     return courses.transpose(0, 1, 3, 2).reshape(-1, patch_length)
 
 
-def _training_patches(
+def training_patches(
     train: list[tuple[str, np.ndarray]],
     to_courses: np.ndarray,
     patch_length: int,
@@ -195,7 +195,7 @@ def _training_patches(
     # Thinned scan by scan, so that a grid of 200 regions need not be held ten times over.
     for _, windows in train:
         for first in shifts:
-            rows = _to_patches(windows, to_courses, patch_length, first)
+            rows = to_patches(windows, to_courses, patch_length, first)
             parts.append(rows[generator.random(len(rows)) < share] if share < 1 else rows)
     patches = np.concatenate(parts)
     patches = patches[patches.any(axis=1)]
@@ -224,7 +224,7 @@ def _score(
     patches, courses = window // patch_length, len(to_regions)
 
     def rebuild(name: str, windows: np.ndarray) -> SimpleNamespace:
-        index, sign = nearest_centre(_to_patches(windows, to_courses, patch_length), centres)
+        index, sign = nearest_centre(to_patches(windows, to_courses, patch_length), centres)
         codes = 2 * index + (sign < 0)
         decoded = (sign[:, None] * centres[index]).reshape(
             len(windows), patches, courses, patch_length

@@ -2,10 +2,11 @@
 
 CSV with a header: `subject_id,y,y_hat,system,target,fold,part`, one row per subject and fold;
 `part` is validation, test, test_sites, or all (predicted without a split). For classes y and y_hat
-are labels, and the column `score` is higher the more likely the class that sorts last. A column
-`site` is optional; one file that has it serves all (the per-site table needs it). An empty y_hat
-is an invalid answer; `free_answer_valid`, optional too, is the share of a subject's answers that
-were valid before a grammar was laid over them.
+are labels, and the column `score` is higher the more likely the class that sorts last; where it is
+a probability, `probability` repeats it, and calibration is shown. A column `site` is optional; one
+file that has it serves all (the per-site table needs it). An empty y_hat is an invalid answer;
+`free_answer_valid`, optional too, is the share of a subject's answers that were valid before a
+grammar was laid over them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pandas as pd
 from .errors import EvaluationError
 
 COLUMNS = ["subject_id", "y", "y_hat", "system", "target", "fold", "part"]
-OPTIONAL_COLUMNS = ["score", "site", "free_answer_valid"]
+OPTIONAL_COLUMNS = ["score", "probability", "site", "free_answer_valid"]
 PARTS = ("validation", "test", "test_sites", "all")
 
 
@@ -116,7 +117,7 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
         for name in OPTIONAL_COLUMNS:
             if name not in table:
                 table[name] = ""
-        for name in ("score", "free_answer_valid"):
+        for name in ("score", "probability", "free_answer_valid"):
             table[name] = pd.to_numeric(table[name], errors="coerce")
         tables.append(table[[*COLUMNS, *OPTIONAL_COLUMNS]].assign(file=str(path)))
     if not tables:

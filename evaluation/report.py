@@ -58,11 +58,13 @@ def write_report(run_folder: str | Path) -> Path:
     pictures = [_with_data(picture) for picture in render_figures(run)]
     clinical = tuple(p["name"] for p in pictures if p["name"].startswith(CLINICAL))
     targets = [target_tables(name, scored) for name, scored in results["clinical"].items()]
-    template = (files(__package__) / "templates" / "report.html.jinja").read_text("utf-8")
+    templates = files(__package__) / "templates"
+    template = (templates / "report.html.jinja").read_text("utf-8")
     page = (
         Environment(autoescape=True, undefined=StrictUndefined)
         .from_string(template)
         .render(
+            style=(templates / "report.css").read_text("utf-8"),
             title=f"Cortexicon: {run.resolve().name}",
             subtitle=_subtitle(results),
             cards=_cards(results),

@@ -235,9 +235,9 @@ def predict_cohort(
     Returns
     -------
     DataFrame
-        Columns subject_id, site, y, y_hat, system, target, score (classes: probability of the class
-        that sorts last) and free_answer_valid (share of a scan's prompts whose unconstrained answer
-        begins a valid one).
+        Columns subject_id, site, y, y_hat, system, target, score and probability (classes: that of
+        the class that sorts last) and free_answer_valid (share of a scan's prompts whose
+        unconstrained answer begins a valid one).
 
     Raises
     ------
@@ -277,14 +277,17 @@ def predict_cohort(
         table["y"] = [truth.get(subject) for subject in prompts.subject_ids]
         if target["kind"] == "number":
             table["y_hat"], table["score"] = answers.numbers(target), np.nan
+            table["probability"] = np.nan
         else:
             classes, shares = np.array(target["classes"]), answers.classes(target)
             table["y_hat"] = classes[shares.argmax(1)]
             table["score"] = shares[:, int(np.argsort(classes)[-1])]
+            table["probability"] = table["score"]
         table["free_answer_valid"] = answers.free
         table["system"], table["target"] = SYSTEM, name
         tables.append(table)
-    columns = ["subject_id", "site", "y", "y_hat", "system", "target", "score", "free_answer_valid"]
+    columns = ["subject_id", "site", "y", "y_hat", "system", "target", "score", "probability"]
+    columns.append("free_answer_valid")
     return (
         pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
     )

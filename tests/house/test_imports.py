@@ -27,7 +27,7 @@ TRAVELLING = ("modeling", "tokenization")
 # (transformers cannot be installed without tokenizers.)
 TRAVEL_IMPORTS = {"torch", "transformers", "tokenizers", "numpy"} | set(sys.stdlib_module_names)
 # `evaluate` copies these files elsewhere and runs them there, so they name their room in full.
-COPIED_BY_EVALUATE = "evaluation/metrics/"
+COPIED_BY_EVALUATE = ("evaluation/metrics/", "evaluation/suites/")
 
 
 def python_files(repository: Path, room: str) -> list[Path]:

@@ -6,6 +6,7 @@ import datasets
 import evaluate
 import numpy as np
 
+from cortexicon.evaluation.metric_inputs import whole_codes
 from cortexicon.evaluation.scores import code_usage
 
 DESCRIPTION = (
@@ -30,5 +31,4 @@ class CodebookUsage(evaluate.Metric):
 
     def _compute(self, predictions: list, num_codes: int) -> dict[str, Any]:
         """See `cortexicon.evaluation.scores.code_usage`."""
-        codes = np.concatenate([np.asarray(window, np.int64) for window in predictions])
-        return code_usage(np.bincount(codes, minlength=num_codes))
+        return code_usage(np.bincount(whole_codes(predictions, num_codes), minlength=num_codes))

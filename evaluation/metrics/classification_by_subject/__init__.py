@@ -1,1 +1,0 @@
-"""Balanced accuracy and AUC over subjects, as an `evaluate` module."""

@@ -1,0 +1,7 @@
+"""The page of this metric where it is pushed as a Space."""
+
+import evaluate
+from evaluate.utils import launch_gradio_widget
+
+if __name__ == "__main__":
+    launch_gradio_widget(evaluate.load("clinical_regression.py"))

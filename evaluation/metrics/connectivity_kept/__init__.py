@@ -1,1 +1,0 @@
-"""Connectivity before and after, as an `evaluate` module."""

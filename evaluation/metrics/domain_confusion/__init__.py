@@ -1,0 +1,1 @@
+"""Can a classifier tell codes from text, as an `evaluate` module."""

@@ -1,0 +1,1 @@
+"""R2, connectivity kept and spectrum of reconstructed scans, as an `evaluate` module."""

@@ -1,1 +1,0 @@
-"""R2 of reconstructed region series, as an `evaluate` module."""

@@ -1,0 +1,76 @@
+"""Cohorts whose scans say nothing about their subjects: what any system should fail on.
+
+A system is trained and tested on such a cohort exactly as on the true one, and its answers are
+scored against the true values. What it still finds, it found elsewhere than in the brain: in the
+length of the scan, the number of tokens, the repetition time, the site.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cortexicon.cohorts import Cohort, build_cohort
+
+from .arguments import TrainingError
+from .benchmark_suite import COHORT_CONTROLS
+
+#: Columns that belong to a scan and go where it goes.
+OF_SCAN = ("session", "tr", "n_timepoints")
+
+
+def control_cohort(cohort: Cohort, control: str, targets: Sequence[str], seed: int) -> Cohort:
+    """The cohort of a control.
+
+    Parameters
+    ----------
+    cohort : Cohort
+    control : str
+        ``permuted labels``: each target's values change hands among the subjects who have one.
+        ``another scan``: everybody gets somebody else's scan, with its length and TR.
+        ``noise scan``: white noise in place of every scan, of its length and TR.
+    targets : sequence of str
+    seed : int
+
+    Returns
+    -------
+    Cohort
+        Same subjects, sites and regions. Scans that are not recommended stay as they are.
+
+    Raises
+    ------
+    TrainingError
+        An unknown control, or a single scan to change hands.
+    """
+    if control not in COHORT_CONTROLS:
+        raise TrainingError(
+            f"expected a control of {', '.join(COHORT_CONTROLS)}, found {control!r}."
+        )
+    generator = np.random.default_rng(seed)
+    people = cohort.participants.copy()
+    scans = {name: np.asarray(cohort.series(name).values, np.float32) for name in people.index}
+    used = people.index
+    if "recommended" in people:
+        used = people.index[people["recommended"].astype(bool)]
+    if control == "permuted labels":
+        for target in targets:
+            known = used[people.loc[used, target].notna()]
+            people.loc[known, target] = generator.permutation(people.loc[known, target].to_numpy())
+    elif control == "another scan":
+        if len(used) < 2:
+            raise TrainingError("another scan: expected at least two recommended scans, found one.")
+        order = generator.permutation(used.to_numpy())
+        donors = dict(zip(order, np.roll(order, 1), strict=True))  # nobody keeps their own
+        columns = [name for name in OF_SCAN if name in people]
+        people.loc[list(donors), columns] = people.loc[list(donors.values()), columns].to_numpy()
+        scans |= {name: scans[donor] for name, donor in donors.items()} if donors else {}
+    else:
+        for name in used:
+            scans[name] = generator.standard_normal(scans[name].shape).astype(np.float32)
+    for column, kind in cohort.participants.dtypes.items():
+        people[column] = people[column].astype(kind)
+    return build_cohort(
+        np.concatenate([scans[name] for name in people.index]),
+        people.reset_index(),
+        cohort.regions,
+        cohort.atlas,
+    )
