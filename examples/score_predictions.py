@@ -16,7 +16,7 @@ import numpy as np
 import cortexicon.evaluation.metrics
 from cortexicon.evaluation.predictions import read_predictions, write_predictions
 
-METRIC = Path(cortexicon.evaluation.metrics.__file__).parent / "regression_by_subject"
+(METRIC,) = Path(cortexicon.evaluation.metrics.__file__).parent.glob("*regression*")
 
 
 def made_up(folder: Path) -> list[Path]:
