@@ -8,7 +8,7 @@ checkpoint that is kept and the readout of each number.
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.inference import load_connectome
 from cortexicon.inference.answers import prompt_rows, scan_arguments
-from cortexicon.inference.predict import connectivity_codes, encode_prompts, encoded_windows
+from cortexicon.inference.predict import connectivity_codes, encode_prompts
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor, AVQTokenizer
 
@@ -35,7 +35,10 @@ from .collators import draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
 from .leaks import refuse_leaks
 from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
+from .lm_stages import SideLosses, descriptions_of
+from .lm_start import EncodedWindows, encode_windows, start_summary, take_language_model
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
+from .stages import wordings_of
 
 # People whose prompts are searched for leaks before training starts.
 _PEOPLE_SEARCHED = 200
@@ -60,6 +63,17 @@ class LMArguments:
     class_weight: float = 1.0
     balance_classes: bool = False
     keep: str = "best"
+    start: str = ""
+    answer_weight: float = 1.0
+    code_weight: float = 0.0
+    masked_weight: float = 0.0
+    description_weight: float = 0.0
+    text_weight: float = 0.0
+    text_files: list = field(default_factory=list)
+    max_characters: int = 700_000
+    sentences: int = 8000
+    text_length: int = 128
+    paraphrases: bool = False
     fold: int = 0
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
@@ -79,31 +93,6 @@ class LMArguments:
     seed: int = 0
     cpu: bool = False
     resume: bool = False
-
-
-@dataclass
-class EncodedWindows:
-    """Codes of all training windows int64 (windows, tokens), and the windows of each scan."""
-
-    codes: np.ndarray
-    of_scan: list[np.ndarray]
-
-
-@torch.inference_mode()
-def encode_windows(model, scans, stride: int, quiet: bool) -> EncodedWindows:
-    """Encode the windows that start every `stride` samples of every scan."""
-    length = model.avq.config.window_length
-    codes, of_scan = [], []
-    count = 0
-    for scan in tqdm(range(len(scans)), "encode training windows", mininterval=2.0, disable=quiet):
-        series = scans.series[scan]
-        starts = range(0, len(series) - length + 1, stride)
-        windows = torch.from_numpy(np.stack([series[s : s + length] for s in starts]))
-        mask = torch.from_numpy(scans.region_masks[scan])
-        codes.append(encoded_windows(model, windows, mask, len(windows)))
-        of_scan.append(np.arange(count, count + len(windows)))
-        count += len(windows)
-    return EncodedWindows(np.concatenate(codes), of_scan)
 
 
 def build_model(
@@ -142,6 +131,8 @@ def build_model(
         summary_noise=arguments.summary_noise,
         answer_heads=arguments.answer_heads,
     )
+    if arguments.start:
+        take_language_model(model, arguments.start)
     needed = arguments.windows_per_prompt * (codec.config.tokens_per_window + 1) + 64
     needed += 0 if connectome is None else connectome.config.num_tokens + 2
     available = getattr(language_model.config, "max_position_embeddings", needed)
@@ -154,15 +145,9 @@ def build_model(
     return model, processor
 
 
-@torch.no_grad()
-def start_summary(model: AVQLMForConditionalGeneration, matrices) -> None:
-    """Tell the summary what training scans hold: codes (tokens,), or what they were before."""
-    table = model.connectome.quantizer.codebook
-    vectors = torch.from_numpy(np.stack(matrices)).to(table.device)
-    if not vectors.dtype.is_floating_point:
-        vectors = table[vectors]
-    rows = model.get_input_embeddings().weight[: model.config.bof_token_id]
-    model.summary.start(vectors, float(rows.square().mean().sqrt()))
+def _question(target, rng: np.random.Generator, paraphrases: bool) -> str:
+    """The target's own question, or any of its wordings that are not held out."""
+    return str(rng.choice(wordings_of(target)[0])) if paraphrases else target["question"]
 
 
 def main(argv: list[str]) -> int:
@@ -219,6 +204,14 @@ def train(arguments: LMArguments, run: Run) -> int:
     _search_leaks(processor, scans, windows, matrices, targets, people, arguments)
     rows = RowBuilder(processor, arguments.number_sd)
 
+    def drawn_windows(scan: int, rng: np.random.Generator) -> np.ndarray:
+        """Codes (windows, tokens) of as many windows of a scan as a prompt holds."""
+        return windows.codes[rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)]
+
+    descriptions: list[list[str]] = []
+    if arguments.description_weight:
+        descriptions = descriptions_of(cohort, scans.subject_ids)
+    side = SideLosses(arguments, processor, drawn_windows, matrices, descriptions)
     if model.summary is not None:
         start_summary(model, matrices)
     if model.heads is not None:
@@ -270,6 +263,7 @@ def train(arguments: LMArguments, run: Run) -> int:
     best = best_so_far(log.path, primary) if resumed.step else float("inf")
     model, optimizer = accelerator.prepare(model, optimizer)
     raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(model)
+    before = side.perplexity(raw_model) if "text" in side.weights else 0.0
     model.train()
     placeholder = processor.tokenizer.fmri_token_id
     weights = class_weights(
@@ -283,11 +277,11 @@ def train(arguments: LMArguments, run: Run) -> int:
         chosen = draw_scans(rng, wanted, len(scans), excluded)
         codes, answers = [], []
         for scan in chosen:
-            picked = rng.choice(windows.of_scan[scan], arguments.windows_per_prompt)
+            codes.append(drawn_windows(scan, rng))
             subject = scans.subject_ids[scan]
             asked = [
                 Answer(
-                    target["question"],
+                    _question(target, rng, arguments.paraphrases),
                     target,
                     people.at[subject, target["name"]],
                     weights.get((target["name"], str(people.at[subject, target["name"]])), 1.0),
@@ -295,7 +289,6 @@ def train(arguments: LMArguments, run: Run) -> int:
                 for target in targets
                 if people[target["name"]].notna()[subject]
             ]
-            codes.append(windows.codes[picked])
             answers.append(asked)
         mine = slice(
             accelerator.process_index * arguments.batch_size,
@@ -338,11 +331,16 @@ def train(arguments: LMArguments, run: Run) -> int:
             )
             guard.watch(out.logits, batch["scan"])
             loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
+            loss = arguments.answer_weight * loss
             if raw_model.heads is not None:
                 where = batch["places"][batch["first"]]
                 states = out.hidden_states[-1][where[:, 0], where[:, 1]]
                 loss = loss + arguments.head_weight * head_loss(
                     raw_model.heads, states, batch["asked"]
+                )
+            if side.weights:
+                loss = loss + side.loss(
+                    model, batch["scan"], [arguments.seed, step, guard.attempt, 1]
                 )
             accelerator.backward(loss)
             gradient = accelerator.clip_grad_norm_(trained, 1.0)
@@ -356,6 +354,9 @@ def train(arguments: LMArguments, run: Run) -> int:
             (step + 1) % arguments.eval_steps == 0 or step + 1 == arguments.max_steps
         ) and main_process:
             scores = validate(raw_model, processor, validation, people, targets, 32)
+            if "text" in side.weights:
+                scores["eval_text_perplexity"] = side.perplexity(raw_model)
+                scores["text_perplexity_before"] = before
             log.write(step + 1, **scores)
             last = step + 1 == arguments.max_steps
             if last if arguments.keep == "last" else scores[primary] < best:
