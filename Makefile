@@ -97,6 +97,19 @@ endif
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
+# The checkpoints in the box, from the runs that they come from; code files are links to the rooms.
+.PHONY: checkpoints
+RELEASE ?= runs/release
+checkpoints: $(STAMP)
+	$(CLI) evaluate $(RELEASE)/avq $(COHORT) --split runs/abide/split.json --baselines \
+		--json $(RELEASE)/evaluation/reconstruction.json
+	$(CLI) report $(RELEASE)
+	$(CLI) publish $(RELEASE)/avq cortexicon/avq-abide-cc200 --data abide1 --dry-run \
+		--out checkpoints/avq_abide_cc200
+	for file in checkpoints/*/*.py; do name=$$(basename $$file); \
+		for room in modeling tokenization; do \
+			test ! -f $$room/$$name || ln -sf ../../$$room/$$name $$file; done; done
+
 .PHONY: test-hub
 test-hub: $(STAMP)
 	$(BIN)/python -m pytest -q -m hub tests/hub

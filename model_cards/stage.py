@@ -75,6 +75,9 @@ def stage_checkpoint(source: Path, folder: Path) -> Loaded:
         checkpoint = load_checkpoint(source)
         model = checkpoint.model
         checkpoint.processor.save_pretrained(folder)
+        vocabulary = folder / "tokenizer.json"  # half of it is indentation of thousands of codes
+        content = json.loads(vocabulary.read_text(encoding="utf-8"))
+        write_whole(vocabulary, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
     model.save_pretrained(folder)
     return Loaded(model, weights_tag(folder))
 
