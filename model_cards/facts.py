@@ -89,7 +89,8 @@ def _checked(values: Any, path: Path) -> DataFacts:
                 f"{path}: {name}: expected {'true or false' if wanted is bool else 'text'}, found "
                 f"{value!r}."
             )
-    return DataFacts(**{k: v.strip() if isinstance(v, str) else v for k, v in values.items()})
+    plain: dict[str, Any] = {k: v.strip() if isinstance(v, str) else v for k, v in values.items()}
+    return DataFacts(**plain)
 
 
 def weights_license(data: str) -> str:
