@@ -79,7 +79,7 @@ def client(client_environment, tmp_path_factory):
     made.run("import cortexicon.model_cards.push as push\npush._PAUSES = (0.1, 0.1, 0.1, 0.1)")
     yield made
     made.process.stdin.close()
-    made.process.wait(30)
+    made.process.wait(300)
 
 
 @pytest.fixture(scope="session")

@@ -123,7 +123,7 @@ def test_language_model_and_adapter(client, hub, run_folder):
     assert json.loads(held(hub, "user/adapter")["adapter_config.json"])[
         "base_model_name_or_path"
     ] == ("user/reader")
-    assert client.run(PULL_ADAPTER, adapter="user/adapter") == pytest.approx(0, abs=10) != 0
+    assert 0 < client.run(PULL_ADAPTER, adapter="user/adapter") < 10
 
 
 def test_the_connectivity_stream(client, hub, run_folder):
