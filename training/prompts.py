@@ -131,7 +131,10 @@ class RowBuilder:
             token is scored; labels: list of (ids, shares); first: list of the places, one per
             answer, that score its first token.
         """
-        rows, places, labels, first = [], [], [], []
+        rows: list[tuple] = []
+        places: list[tuple[int, int]] = []
+        labels: list[tuple[list[int], list[float]]] = []
+        first: list[int] = []
         for row, (windows, asked) in enumerate(zip(codes, answers, strict=True)):
             more = None if connectivity is None else connectivity[row]
             ids = self._scan_ids(windows, more)
