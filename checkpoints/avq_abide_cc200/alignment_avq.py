@@ -1,0 +1,1 @@
+../../modeling/alignment_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/band_pass_avq.py

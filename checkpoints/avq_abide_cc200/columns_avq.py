@@ -1,0 +1,1 @@
+../../tokenization/columns_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/connectivity_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/feature_extraction_avq.py

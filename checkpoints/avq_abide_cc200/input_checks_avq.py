@@ -1,0 +1,1 @@
+../../tokenization/input_checks_avq.py

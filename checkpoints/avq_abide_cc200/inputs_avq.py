@@ -1,0 +1,1 @@
+../../modeling/inputs_avq.py

@@ -1,0 +1,1 @@
+../../modeling/losses_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/processing_avq.py

@@ -1,0 +1,1 @@
+../../modeling/quantization_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/resampling_avq.py

@@ -1,0 +1,1 @@
+../../tokenization/windows_avq.py
