@@ -154,8 +154,9 @@ def _clinical_scores(clinical: Mapping[str, Any], command: str) -> list[dict[str
 def _found(values: Mapping[str, Any], key: str) -> dict[str, Any]:
     """A value and its interval, where it has one."""
     bounds = values.get(f"{key}_interval")
-    known = bounds is not None and all(_is_number(one) for one in bounds)
-    return {"value": values[key], "interval": list(bounds) if known else None}
+    if bounds is None or not all(_is_number(one) for one in bounds):
+        return {"value": values[key], "interval": None}
+    return {"value": values[key], "interval": list(bounds)}
 
 
 def _beside(system: str, values: Mapping[str, Any], key: str) -> dict[str, Any] | None:

@@ -183,7 +183,8 @@ def blur_exposed(codebook: AVQCodebook, latents: TrainingLatents, rounds: int = 
     InferenceError
         Codes are still exposed after all rounds; the codebook then is as it was.
     """
-    before, moved = codebook.codebook.clone(), set()
+    before = codebook.codebook.clone()
+    moved: set[int] = set()
     for turn in range(rounds):
         exposed = find_exposed(codebook, latents).exposed
         if not exposed:

@@ -59,7 +59,13 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
     folder = Path(folder)
     config = _config(folder)
     scores = [_score(score) for score in facts.get("scores", ())]
-    optional = {"data": None, "groups": [], "repository": None, "revision": None, "privacy": None}
+    optional: dict[str, Any] = {
+        "data": None,
+        "groups": [],
+        "repository": None,
+        "revision": None,
+        "privacy": None,
+    }
     try:
         body = render(
             "checkpoint.md.jinja",
