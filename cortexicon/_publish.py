@@ -106,10 +106,10 @@ def find_target(what: Path) -> Target:
     """
     from cortexicon.model_cards import PublishError
 
-    if (what / "app.py").is_file():
-        return Target("space", what, "space")
     if (what / f"{what.name}.py").is_file():
         return Target("metric", what, "space")
+    if (what / "app.py").is_file():
+        return Target("space", what, "space")
     if (what / "cohort.json").is_file() or (what / "regions.tsv").is_file():
         return Target("cohort", what, "dataset")
     if (what / "adapter_config.json").is_file():

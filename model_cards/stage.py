@@ -232,9 +232,11 @@ def stage_metric(source: Path, folder: Path, repository: str) -> Path:
             f"named {name}."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.glob("*.py")):
-        if path.name != "__init__.py":
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name != "__init__.py":
             shutil.copyfile(path, folder / path.name)
+    if (folder / "README.md").is_file():
+        return folder / "README.md"  # the module brings its own card
     docstring = (source / f"{name}.py").read_text(encoding="utf-8").partition('"""')[2]
     text = docstring.partition('"""')[0].strip()
     values = {"name": name, "text": text, "repository": repository}

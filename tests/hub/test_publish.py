@@ -150,13 +150,13 @@ def test_a_cohort_streams(client, hub, run_folder):
 
 
 def test_a_metric_loads_by_its_name(client, hub, repository):
-    folder = repository / "evaluation" / "metrics" / "reconstruction_r2"
-    code, out = client.cli("publish", folder, "user/reconstruction_r2")
+    folder = repository / "evaluation" / "metrics" / "fmri_reconstruction"
+    code, out = client.cli("publish", folder, "user/fmri_reconstruction")
     assert code == 0, out
-    assert client.run(PULL_METRIC, name="user/reconstruction_r2")["r2"] == 1.0
+    assert client.run(PULL_METRIC, name="user/fmri_reconstruction")["r2"] == 1.0
     code, out = client.cli("publish", folder, "user/other")
     assert code == 2
-    assert "expected a repository named reconstruction_r2" in out
+    assert "expected a repository named fmri_reconstruction" in out
 
 
 def test_a_dry_run_writes_what_would_be_pushed_and_asks_nobody(client, hub, run_folder, tmp_path):
