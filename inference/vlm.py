@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from .errors import InferenceError
@@ -60,6 +59,8 @@ def load_vlm(folder: str | Path, dtype: torch.dtype | None = None) -> VisionLang
         name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = folder / "base" if (folder / "base").is_dir() else name["base_model_name_or_path"]
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=dtype or "auto")
+        from peft import PeftModel  # what reads no adapter does not need it
+
         model = PeftModel.from_pretrained(model, folder)
     else:
         model = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype or "auto")
@@ -79,6 +80,8 @@ def merge_vlm(folder: str | Path, out: str | Path) -> Path:
     """
     out = Path(out)
     loaded = load_vlm(folder)
+    from peft import PeftModel  # as in `load_vlm`
+
     if not isinstance(loaded.model, PeftModel):
         raise InferenceError(f"{folder} holds no adapter: it is merged already.")
     loaded.model.merge_and_unload().save_pretrained(out)

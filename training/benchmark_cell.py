@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     except (ValueError, ArithmeticError, subprocess.CalledProcessError) as error:
         outcome = {"status": "failed", "error": _told(error)}
     usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    outcome["seconds"] = round(before + time.monotonic() - start, 1)
+    outcome["seconds"] = round(before + time.monotonic() - start, 3)
     # Kilobytes on Linux. A command's memory is its own, not that of this process that waits for it.
     peak = usage[0 if cell["kind"] == "baseline" else 1].ru_maxrss
     outcome["peak_memory_mb"] = round(peak / (2**20 if sys.platform == "darwin" else 2**10))

@@ -177,7 +177,7 @@ def test_the_plain_rows_stand_in_every_table_with_their_cost(benchmark):
     assert cost["tokens_per_scan"] == 8
     assert cost["seconds"] > 0
     assert cost["peak_memory_mb"] > 1
-    assert results["command"].startswith("cortexicon ")
+    assert results["command"].startswith("cortexicon")
     assert "commit" in results["environment"]
     assert not any(name in (benchmark.out / "results.json").read_text() for name in ("s00", "s59"))
     page = (benchmark.out / "report.html").read_text()
