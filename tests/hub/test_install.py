@@ -52,7 +52,8 @@ def archives(repository, tmp_path_factory):
     out.mkdir()
     build = (
         "import sys, setuptools.build_meta as b\n"
-        "print(b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1]))"
+        "out = sys.argv[1]  # setuptools writes into sys.argv\n"
+        "print(b.build_sdist(out), b.build_wheel(out))"
     )
     run(sys.executable, "-c", build, out, cwd=source)
     return next(out.glob("*.whl")), next(out.glob("*.tar.gz"))
