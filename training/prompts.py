@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from cortexicon.inference.answers import answers_of
 from cortexicon.tokenization import AVQProcessor
 
+from .answers import AnswerBook
 from .arguments import TrainingError
 
 
@@ -92,9 +92,8 @@ class RowBuilder:
 
     def __init__(self, processor: AVQProcessor, number_sd: float):
         self.processor = processor
-        self.number_sd = number_sd
+        self.book = AnswerBook(processor.answer_ids, number_sd)
         self._cache: dict[str, list[int]] = {}
-        self._numbers: dict[tuple[int, int], list[int] | None] = {}
 
     def _text(self, text: str) -> list[int]:
         if text not in self._cache:
@@ -102,9 +101,6 @@ class RowBuilder:
                 text, add_special_tokens=False, split_special_tokens=True
             )
         return self._cache[text]
-
-    def _answer_ids(self, answer: str) -> list[int]:
-        return self.processor.answer_ids(answer)
 
     def batch(
         self,
@@ -142,7 +138,11 @@ class RowBuilder:
             positions, segments = list(range(scan)), [0] * scan
             for segment, answer in enumerate(asked, start=1):
                 text = self._text(self.processor.prompt_template(answer.question))
-                reply, shares = self._reply(answer)
+                reply, shares = self.book.labels(answer.target, answer.value)
+                if answer.target["kind"] == "class":
+                    shares = [
+                        (tokens, [answer.weight * one for one in part]) for tokens, part in shares
+                    ]
                 first.append(len(places))
                 for offset in range(len(reply)):
                     places.append((row, len(ids) + len(text) + offset - 1))
@@ -180,39 +180,6 @@ class RowBuilder:
             len(windows) if latent else 0,
             blank,
         )
-
-    def _reply(self, answer: Answer) -> tuple[list[int], list[tuple[list[int], list[float]]]]:
-        """Ids of the written answer, and for each of them the tokens that share the credit.
-
-        Near numbers share it (Gaussian, SD `number_sd`): 41 for 42 is not as wrong as 7, which
-        plain cross entropy cannot know. Only where every number is one token; else the written
-        token takes all.
-        """
-        if answer.target["kind"] == "class":
-            reply = self._answer_ids(str(answer.value))
-            return reply, [([token], [answer.weight]) for token in reply]
-        low, high = answer.target["minimum"], answer.target["maximum"]
-        value = min(max(float(answer.value), low), high)
-        reply = self._answer_ids(str(round(value)))
-        tokens = self._number_tokens(answer.target)
-        shares = [([token], [1.0]) for token in reply]
-        if tokens is not None and self.number_sd > 0:
-            grid = np.arange(low, high + 1)
-            near = np.flatnonzero(np.abs(grid - value) <= 4 * self.number_sd + 1)
-            share = np.exp(-0.5 * ((grid[near] - value) / self.number_sd) ** 2)
-            shares[0] = ([tokens[k] for k in near], (share / share.sum()).tolist())
-        return reply, shares
-
-    def _number_tokens(self, target: dict[str, Any]) -> list[int] | None:
-        """The token of each number of the target's range, or None where some number takes more."""
-        key = (target["minimum"], target["maximum"])
-        if key not in self._numbers:
-            ids = [self._answer_ids(text) for text in answers_of(target)]
-            end = 0 if self.processor.tokenizer.eos_token_id is None else 1
-            self._numbers[key] = (
-                [i[0] for i in ids] if all(len(i) == 1 + end for i in ids) else None
-            )
-        return self._numbers[key]
 
 
 def answer_loss(logits: torch.Tensor, labels: list[tuple[list[int], list[float]]]) -> torch.Tensor:
