@@ -48,6 +48,7 @@ TINY = {
     "patch_length": 2,
     "num_latents": 1,
     "num_codes": 4,
+    "code_branches": 1,
     "code_dim": 2,
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -84,6 +85,7 @@ class PlainTransformer(nn.Module):
             config.ema_decay,
             config.revival_threshold,
             config.revival_interval,
+            branches=config.code_branches,
         )
         self.from_code = nn.Linear(config.code_dim, width)
         self.decoder = nn.ModuleList(AVQBlock(config) for _ in range(config.decoder_layers))
@@ -293,9 +295,12 @@ def build_system(name: str, config: AVQConfig, batch_size: int, device: str) -> 
         model = PlainTransformer(config)
         text = None
     model.to(device)
-    # A few vectors: where the codes lie makes no difference to what the lookup costs.
+    # From the batch's own latents, so that its tokens spread over the codes as they do in use.
     with torch.no_grad():
-        model.quantizer.start(torch.randn(64, config.code_dim, device=device))
+        if name == CODEC:
+            model.start_codebook([{"input_values": values}])
+        else:
+            model.quantizer.start(model._latents(values, coordinates).flatten(0, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
     @torch.no_grad()

@@ -152,7 +152,7 @@ def find_exposed(codebook: AVQCodebook, latents: TrainingLatents) -> Exposure:
     ):
         similarity = vectors @ codes.T  # (latents, codes)
         highest = torch.maximum(highest, similarity.amax(0))
-        mapped[similarity.argmax(1), owners] = True
+        mapped[codebook.search(vectors.to(codebook.codebook.device)).cpu(), owners] = True
     people = mapped.sum(1)
     exposed = (highest >= COSINE) & (people < SUBJECTS)
     used = people[people > 0]

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .code_search_avq import nearest_code
 from .components_avq import RegionMaps, deal_components, exactly, rate_level
-from .quantization_avq import nearest_code
 
 _ROWS = 64  # matrices at once in the start
 

@@ -76,6 +76,9 @@ class AVQConfig(PreTrainedConfig):
         Its labels in column order.
     region_coordinates : list of [x, y, z] or None
         Its centroids in mm, MNI; used by `encode` and `decode` when none are given.
+    code_branches : int
+        Branches of the codebook, a divisor of `num_codes`: a latent is compared with the mean of
+        each branch, then with the codes of the four nearest. 1: with all codes.
     code_gradient : {"straight_through", "rotation"}
         How the gradient passes the codebook.
     codebook_start_step : int or None
@@ -129,6 +132,7 @@ class AVQConfig(PreTrainedConfig):
     # the codebook
     code_dim: int = 32
     code_anchor: float | int = 2.0
+    code_branches: int = 1
     ema_decay: float | int = 0.99
     revival_threshold: float | int = 0.1
     revival_interval: int = 20
@@ -171,6 +175,7 @@ class AVQConfig(PreTrainedConfig):
             "num_components",
             "position_features",
             "code_dim",
+            "code_branches",
             "text_width",
             "projection_hidden_size",
             "classifier_hidden_size",
@@ -220,6 +225,11 @@ class AVQConfig(PreTrainedConfig):
             raise ConfigurationError(
                 "AVQConfig.code_dim must be an integer >= 2, found 1: one place of a code is the "
                 "anchor's."
+            )
+        if self.num_codes % self.code_branches:
+            raise ConfigurationError(
+                f"AVQConfig.code_branches must divide num_codes ({self.num_codes}), found "
+                f"{self.code_branches}."
             )
         if self.hidden_size % self.num_attention_heads:
             raise ConfigurationError(

@@ -149,6 +149,7 @@ class AVQModel(TextSpace, ComponentStart, AVQPreTrainedModel):
             config.code_gradient,
             config.codebook_start_step,
             config.start_noise,
+            config.code_branches,
         )
         self.projection = TextProjection(config)
         self.read_code = nn.Linear(config.text_width, config.code_dim - 1)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.utils import logging
 
+from .code_search_avq import halved, nearest_branches, nearest_code, spherical_kmeans
+
 logger = logging.get_logger(__name__)
 
 # A code is the mean of this many vectors, each of another scan.
@@ -71,55 +73,6 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def spherical_kmeans(
-    vectors: torch.Tensor, num_clusters: int, iterations: int = 10, seed: int = 0
-) -> torch.Tensor:
-    """Unit-norm cluster centres of unit-norm `vectors`; empty clusters keep their starting vector.
-
-    Parameters
-    ----------
-    vectors : float32, shape (vectors, code_dim)
-    num_clusters : int
-        When there are fewer vectors than clusters the vectors are drawn with replacement and
-        jittered.
-
-    Returns
-    -------
-    float32, shape (num_clusters, code_dim)
-    """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    count = vectors.shape[0]
-    if count >= num_clusters:
-        start = torch.randperm(count, generator=generator)[:num_clusters]
-        centres = vectors[start.to(vectors.device)].clone()
-    else:
-        start = torch.randint(count, (num_clusters,), generator=generator)
-        noise = torch.randn(num_clusters, vectors.shape[1], generator=generator).to(vectors.device)
-        centres = F.normalize(vectors[start.to(vectors.device)] + 0.01 * noise, dim=-1)
-    for _ in range(iterations):
-        nearest = nearest_code(vectors, centres)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        filled = torch.bincount(nearest, minlength=num_clusters) > 0
-        centres = torch.where(filled[:, None], F.normalize(sums, dim=-1), centres)
-    return centres
-
-
-def nearest_code(vectors: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Index of the code with the largest cosine, int64, shape (vectors,); both sides unit-norm."""
-    with torch.no_grad(), torch.autocast(vectors.device.type, enabled=False):
-        if vectors.device.type != "cpu":
-            return torch.cat([(part @ codebook.T).argmax(-1) for part in vectors.split(4096)])
-        # NOTE: chunks that stay in the cache, one place for all products, and NumPy's vectorised
-        # argmax make this several times faster on CPU than one product and torch's argmax.
-        columns = codebook.detach().T.contiguous()
-        place = columns.new_empty(64, columns.shape[1])
-        found = [
-            torch.mm(part, columns, out=place[: len(part)]).numpy().argmax(-1)
-            for part in vectors.detach().split(len(place))
-        ]
-        return torch.cat([torch.from_numpy(part) for part in found])
-
-
 class AVQCodebook(nn.Module):
     """Codebook on the unit sphere.
 
@@ -127,6 +80,11 @@ class AVQCodebook(nn.Module):
     update (van den Oord et al. 2017); k-means start and revival of dead codes (Zeghidour et al.
     2021, SoundStream), where a revived code is the mean of vectors of several scans, never one
     person's; counts and sums added over all processes; always float32.
+
+    It may have `branches` of equally many codes each, one after the other: a vector is compared
+    with the branches' mean codes, then with the codes of the few nearest branches, and not with all
+    (as in tree-searched quantisation, Buzo et al. 1980, and inverted files, Jegou et al. 2011).
+    Nothing more is stored, and nothing more is learned: a branch is where its codes are.
 
     It starts by `start`, or by itself at the first training forward after `start_step` of them:
     each code then begins as a revived one does.
@@ -147,8 +105,10 @@ class AVQCodebook(nn.Module):
         gradient="straight_through",
         start_step=None,
         start_noise=0.0,
+        branches=1,
     ):
         super().__init__()
+        self.branches = int(branches)
         self.start_step = start_step
         self.start_noise = float(start_noise)
         self.pass_gradient = rotate if gradient == "rotation" else straight_through
@@ -173,8 +133,12 @@ class AVQCodebook(nn.Module):
         """Codes int64 (batch, tokens) of `latents` (batch, tokens, code_dim), as in `forward`."""
         return self._nearest(F.normalize(latents.float(), dim=-1))
 
+    def search(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Codes int64 (vectors,) of unit `vectors` (vectors, code_dim)."""
+        return nearest_code(vectors, self.codebook, self.branches)
+
     def _nearest(self, units):
-        return nearest_code(units.flatten(0, -2), self.codebook).view(units.shape[:-1])
+        return self.search(units.flatten(0, -2)).view(units.shape[:-1])
 
     def forward(
         self,
@@ -228,7 +192,7 @@ class AVQCodebook(nn.Module):
             dist.all_reduce(count, op=dist.ReduceOp.MIN)
             vectors = vectors[: int(count)]
         vectors = F.normalize(gather_rows(vectors.float()), dim=-1)
-        centres = spherical_kmeans(vectors, self.num_codes, seed=seed)
+        centres = spherical_kmeans(vectors, self.num_codes, seed=seed, branches=self.branches)
         if _world_size() > 1:  # k-means is deterministic, but a broadcast makes equality certain
             dist.broadcast(centres, src=0)
         self.codebook.copy_(centres)
@@ -258,6 +222,9 @@ class AVQCodebook(nn.Module):
         anchors = torch.randperm(len(pool), generator=generator)[: self.num_codes]
         means = _means_over_scans(pool, owner, anchors.to(pool.device))
         number = torch.arange(self.num_codes, device=means.device)
+        number = torch.cat(halved(means[number % len(means)], self.branches))
+        if _world_size() > 1:
+            dist.broadcast(number, src=0)
         self.codebook.copy_(means[number % len(means)])
         self.code_count.copy_((number < len(means)).float())
         self.code_sum.copy_(self.codebook * self.code_count[:, None])
@@ -296,13 +263,39 @@ class AVQCodebook(nn.Module):
         generator = torch.Generator().manual_seed(int(self.updates))
         if len(dead) > len(pool):
             dead = dead[torch.randperm(len(dead), generator=generator)[: len(pool)].to(dead.device)]
-        anchors = torch.randperm(len(pool), generator=generator)[: len(dead)].to(pool.device)
+        order = torch.randperm(len(pool), generator=generator).to(pool.device)
+        dead, anchors = self._anchors(dead, pool, order)
         revived = _means_over_scans(pool, owner, anchors)
         # Count and sum are reset together with the code: otherwise the next EMA step would undo the
         # revival.
         self.codebook[dead] = revived
         self.code_count[dead] = mean
         self.code_sum[dead] = revived * mean
+
+    def _anchors(self, dead, pool, order):
+        """For each of the codes `dead` a row of `pool` in the code's branch, taken in `order`.
+
+        Returns the codes that got one, and those rows. A branch whose codes are all dead takes the
+        place of the vectors around one of the pool.
+        """
+        if self.branches == 1:
+            return dead, order[: len(dead)]
+        book = self.codebook.unflatten(0, (self.branches, -1))
+        branch, dead = nearest_branches(pool, book, 1)[0], dead.sort().values
+        own = dead // book.shape[1]
+        wanted = torch.bincount(own, minlength=self.branches)
+        for deserted in (wanted == book.shape[1]).nonzero()[:, 0].tolist():
+            near = pool @ pool[order[deserted % len(order)]]
+            branch[near.topk(min(book.shape[1], len(near))).indices] = deserted
+        if _world_size() > 1:
+            dist.broadcast(branch, src=0)
+        order = order[branch[order].argsort(stable=True)]  # branch by branch
+        there = torch.bincount(branch, minlength=self.branches)
+        # The first dead code of a branch takes the first of its vectors, and so on.
+        place = torch.arange(len(dead), device=dead.device) - (wanted.cumsum(0) - wanted)[own]
+        found = place < there[own]
+        place = place + (there.cumsum(0) - there)[own]
+        return dead[found], order[place[found]]
 
 
 def _vectors_of_scans(latents, token_mask):

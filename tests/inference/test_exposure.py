@@ -66,3 +66,15 @@ def test_a_latent_that_many_share_gives_nobody_away():
     found = find_exposed(codebook, TrainingLatents(vectors, owners, PEOPLE))
     assert found.highest_cosine > COSINE
     assert found.exposed == []
+
+
+def test_people_count_for_the_codes_that_the_search_gives_them():
+    _, latents = codebook_and_latents()
+    codebook = AVQCodebook(48, WIDTH, 0.99, 0.1, 20, branches=12)
+    generator = torch.Generator().manual_seed(4)
+    codebook.codebook.copy_(F.normalize(torch.randn(48, WIDTH, generator=generator), dim=-1))
+    codes = codebook.search(latents.vectors)
+    nearest = (latents.vectors @ codebook.codebook.T).argmax(1)
+    assert not torch.equal(codes, nearest)
+    people = [len(latents.owners[codes == code].unique()) for code in codes.unique()]
+    assert find_exposed(codebook, latents).fewest_subjects == min(people)

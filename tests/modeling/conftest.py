@@ -66,10 +66,11 @@ def make_codec():
     return make
 
 
-@pytest.fixture(params=["latent", "grid"])
+@pytest.fixture(params=[("latent", 1), ("grid", 1), ("grid", 4)], ids=str)
 def codec(request: pytest.FixtureRequest, make_codec) -> AVQModel:
-    """A started codec of either token layout."""
-    return make_codec(token_layout=request.param)
+    """A started codec of either token layout, and one whose codebook has branches."""
+    layout, branches = request.param
+    return make_codec(token_layout=layout, code_branches=branches)
 
 
 @pytest.fixture

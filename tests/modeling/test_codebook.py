@@ -6,12 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cortexicon.modeling.quantization_avq import (
-    AVQCodebook,
-    nearest_code,
-    spherical_kmeans,
-    straight_through,
-)
+from cortexicon.modeling.code_search_avq import nearest_code, spherical_kmeans
+from cortexicon.modeling.quantization_avq import AVQCodebook, straight_through
 
 
 def codebook_of(rows, decay=0.5, threshold=0.1, interval=10**6):

@@ -18,12 +18,19 @@ def many():
 
 
 def gap_of_the_two_best(codec, windows):
-    """Difference of the distances to the two nearest codes, float64 (windows, tokens)."""
+    """Difference of the distances to the two nearest codes, float64 (windows, tokens).
+
+    Or to the two nearest branches, where that is smaller.
+    """
     with torch.no_grad():
         latents, _ = codec._encode(*codec._prepare(windows))
     latents = F.normalize(latents.double(), dim=-1)
-    best = torch.cdist(latents, codec.quantizer.codebook.double()).topk(2, largest=False).values
-    return best[..., 1] - best[..., 0]
+    book = codec.quantizer.codebook.double().unflatten(0, (codec.config.code_branches, -1))
+    middles = torch.cdist(latents, F.normalize(book.mean(1), dim=-1))
+    own = book[middles.argmin(-1)]  # (windows, tokens, codes of a branch, code_dim)
+    choices = [middles, torch.cdist(latents[:, :, None], own)[:, :, 0]]
+    best = [one.topk(2, largest=False).values for one in choices if one.shape[-1] > 1]
+    return torch.stack([two[..., 1] - two[..., 0] for two in best]).amin(0)
 
 
 def assert_same_codes_but_for_ties(codec, windows, found, expected):

@@ -68,7 +68,7 @@ def test_every_file_that_the_code_needs_is_shipped(make_codec, make_avq_lm, tmp_
         "losses_avq",
         "outputs_avq",
     }
-    needed |= {"quantization_avq", "inputs_avq"}
+    needed |= {"quantization_avq", "code_search_avq", "inputs_avq"}
     if name == "lm":
         stream = ("configuration", "components", "outputs", "modeling")
         needed |= {f"{part}_avq_connectome" for part in stream}
