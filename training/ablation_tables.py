@@ -2,7 +2,6 @@
 
 import json
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +45,27 @@ def write_tables(files: Sequence[CellsFile], results: Path, document: Path) -> i
 
 
 def render(file: CellsFile, known: Sequence[dict[str, Any]]) -> tuple[str, int]:
-    """One table of Markdown, best validation R2 first, and the number of cells without result."""
-    found = _results_of(file, known)
+    """One table of Markdown, best validation R2 first, and the number of cells without result.
+
+    Cells that were run on other data alone stand in a table of their own, beside their own base.
+    """
+    groups = _groups_of(file, known)
+    missing = len({(c.name, c.seed) for c in file.cells} - {key for one in groups for key in one})
+    if not groups:
+        return "No cell has been run yet.", missing
+    tables = []
+    for found in groups:
+        data = next(iter(found.values()))[1]["data"]
+        names = ", ".join(f"{key.replace('_', ' ')} `{value[:12]}`" for key, value in data.items())
+        of = f"{len(found)} of {len(file.cells)} runs have a result. " if not tables else ""
+        tables.append(f"{_table(found)}\n\n{of}Data: {names}.")
+    return "\n\nOn other data:\n\n".join(tables), missing
+
+
+def _table(found: dict[tuple[str, int], tuple[Cell, dict[str, Any]]]) -> str:
     runs: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
     for cell, result in found.values():
         runs.setdefault(cell.name, []).append((cell, result))
-    missing = len(file.cells) - len(found)
-    if not runs:
-        return "No cell has been run yet.", missing
     probed = any("alignment" in result for _, result in found.values())
     rows, failures = [], []
     for cells in runs.values():
@@ -67,29 +79,30 @@ def render(file: CellsFile, known: Sequence[dict[str, Any]]) -> tuple[str, int]:
         "connectivity", "deviation", *(["probes: log. / quad. / MLP", "10-NN"] if probed else []),
         "training R2", "perplexity", "s", "ms / step", "MB",
     ]  # fmt: skip
-    lines = [_line(heads), _line(["---"] * len(heads))]
-    lines += [row for _, row in rows] + failures
-    data = next(iter(found.values()))[1]["data"]
-    names = ", ".join(f"{key.replace('_', ' ')} `{value[:12]}`" for key, value in data.items())
-    lines.append(f"\n{len(found)} of {len(file.cells)} runs have a result. Data: {names}.")
-    return "\n".join(lines), missing
+    lines = [_line(heads), _line(["---"] * len(heads)), *[row for _, row in rows], *failures]
+    return "\n".join(lines)
 
 
-def _results_of(
+def _groups_of(
     file: CellsFile, known: Sequence[dict[str, Any]]
-) -> dict[tuple[str, int], tuple[Cell, dict[str, Any]]]:
-    """(cell, seed) -> its result, all on the data on which most of the file's cells were run."""
-    matches = []
+) -> list[dict[tuple[str, int], tuple[Cell, dict[str, Any]]]]:
+    """(cell, seed) -> its result, for each data that cells were run on, the commonest first.
+
+    Of other data, the base and those cells that no group before has.
+    """
+    on: dict[str, dict[tuple[str, int], tuple[Cell, dict[str, Any]]]] = {}
     for cell in file.cells:
         wanted = json.loads(json.dumps(essence(cell.arguments)))
-        matches += [(cell, result) for result in known if result["arguments"] == wanted]
-    usual = Counter(json.dumps(result["data"], sort_keys=True) for _, result in matches)
-    chosen = usual.most_common(1)[0][0] if usual else ""
-    return {
-        (cell.name, cell.seed): (cell, result)
-        for cell, result in matches
-        if json.dumps(result["data"], sort_keys=True) == chosen
-    }
+        for result in known:
+            if result["arguments"] == wanted:
+                data = json.dumps(result["data"], sort_keys=True)
+                on.setdefault(data, {})[cell.name, cell.seed] = (cell, result)
+    groups: list[dict[tuple[str, int], tuple[Cell, dict[str, Any]]]] = []
+    for group in sorted(on.values(), key=len, reverse=True):
+        new = group.keys() - {key for before in groups for key in before}
+        if new:
+            groups.append({k: v for k, v in group.items() if k in new or k[0] == BASE})
+    return groups
 
 
 def _row(

@@ -265,6 +265,24 @@ def test_rows_are_sorted_by_validation_and_seeds_are_averaged(tmp_path):
     assert render(file, [])[0] == "No cell has been run yet."
 
 
+def test_cells_of_other_data_stand_apart_beside_their_own_base(tmp_path):
+    file = ablations.read_cells(cells_file(tmp_path, TWO_CELLS)[0])
+    base, codes, fast = file.cells
+    known = [result_of(base, 0.5), result_of(codes, 0.6)]
+    other = {"data": {"cohort": "b" * 64}}
+    known += [result_of(base, 0.2) | other, result_of(fast, 0.3) | other]
+    known += [result_of(codes, 0.9) | {"data": {"cohort": "c" * 64}}]  # known from data of more
+    table, missing = render(file, known)
+    assert missing == 0
+    first, second = table.split("\n\nOn other data:\n\n")
+    assert "2 of 3 runs have a result. Data: cohort `aaaaaaaaaaaa`." in first
+    assert "| `model.num_codes=16` | 0.6000 | +0.1000 |" in first
+    assert "fast" not in first
+    assert "| `learning_rate=1.0` | 0.3000 | +0.1000 |" in second
+    assert "| **base** |  |  | 0.2000 |" in second
+    assert second.endswith("\n\nData: cohort `bbbbbbbbbbbb`.")
+
+
 def test_probes_have_columns_where_a_cell_was_probed(tmp_path):
     file = ablations.read_cells(cells_file(tmp_path, TWO_CELLS[:1])[0])
     known = [result_of(cell) for cell in file.cells]
