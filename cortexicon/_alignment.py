@@ -1,8 +1,11 @@
-"""`cortexicon alignment`: a codec, its text model and a split in; the table of probes out."""
+"""`cortexicon alignment`: a codec, its text model and a split in; the table of probes out.
+
+The codec is one of windows or one of connectivity.
+"""
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,20 @@ from cortexicon.evaluation.alignment import (
     render_alignment,
     table_text,
 )
-from cortexicon.inference import Checkpoint, encode_cohort, fit_to_atlas, load_checkpoint
+from cortexicon.inference import (
+    cohort_matrices,
+    encode_cohort,
+    encode_matrices,
+    fit_to_atlas,
+    load_checkpoint,
+    load_connectome,
+)
+from cortexicon.inference.connectome import check_atlas, is_connectome
+from cortexicon.modeling import AVQConnectomeModel, AVQModel
 from cortexicon.modeling.alignment_avq import tensor_sha256
+
+#: subjects -> codes of their scans, int64
+Encoder = Callable[[list[str]], np.ndarray]
 
 
 def evaluate_alignment(
@@ -48,7 +63,7 @@ def evaluate_alignment(
     json_path : pathlib.Path
         Receives the table; the figure goes beside it (.png).
     batch_size : int
-        Windows per forward pass.
+        Windows or matrices per forward pass.
     seed : int
 
     Raises
@@ -60,17 +75,17 @@ def evaluate_alignment(
     codecs: dict[str, CodecRows] = {}
     fingerprints: dict[str, str] = {}
     for name, folder in checkpoints.items():
-        checkpoint = fit_to_atlas(load_checkpoint(folder), cohort)
-        known = checkpoint.codec.config.text_table_sha256
+        codec, encode = _codec(folder, cohort, batch_size)
+        known = codec.config.text_table_sha256
         if known != tensor_sha256(table):
             raise EvaluationError(
                 f"{folder} was aligned with the embedding table of "
-                f"{checkpoint.codec.config.text_model_id!r} (sha256 {str(known)[:12]}), found "
+                f"{codec.config.text_model_id!r} (sha256 {str(known)[:12]}), found "
                 f"another one in {text_model} (sha256 {tensor_sha256(table)[:12]}). Give the "
                 "language model that it was trained with."
             )
-        codecs[name] = _codec_rows(checkpoint, cohort, parts, table, counts, batch_size)
-        fingerprints[name] = checkpoint.codec.codebook_fingerprint()
+        codecs[name] = _codec_rows(codec, encode, parts, table, counts)
+        fingerprints[name] = codec.codebook_fingerprint()
     result = alignment_table(codecs, table, counts, seed=seed)
     result |= {
         "checkpoints": {name: str(folder) for name, folder in checkpoints.items()},
@@ -109,18 +124,40 @@ def read_text_side(text_model: str, checkpoint: Path) -> tuple[torch.Tensor, tor
     return model.get_input_embeddings().weight.detach(), load_file(found[0])["counts"]
 
 
+def _codec(
+    folder: Path, cohort: Cohort, batch_size: int
+) -> tuple[AVQModel | AVQConnectomeModel, Encoder]:
+    """A checkpoint of either stream, and how it encodes scans of the cohort."""
+    if is_connectome(folder):
+        model = load_connectome(folder)
+        check_atlas(model, cohort, folder)
+
+        def encode(subjects: list[str]) -> np.ndarray:
+            scans = cohort_matrices(cohort, subjects)
+            return encode_matrices(model, scans, cohort.coordinates, batch_size=batch_size)
+
+        return model, encode
+    checkpoint = fit_to_atlas(load_checkpoint(folder), cohort)
+    extractor = checkpoint.processor.feature_extractor
+
+    def encode_windows(subjects: list[str]) -> np.ndarray:
+        scans = encode_cohort(checkpoint.codec, extractor, cohort, subjects, batch_size)
+        return np.concatenate([scan.codes.ravel() for scan in scans])
+
+    return checkpoint.codec, encode_windows
+
+
 def _codec_rows(
-    checkpoint: Checkpoint,
-    cohort: Cohort,
+    codec: AVQModel | AVQConnectomeModel,
+    encode: Encoder,
     parts: Mapping[str, Sequence[str]],
     table: torch.Tensor,
     text_counts: torch.Tensor,
-    batch_size: int,
 ) -> CodecRows:
     """What the table needs of one checkpoint."""
-    codec = checkpoint.codec
+    size = codec.config.num_codes
     counted = [
-        _count_codes(checkpoint, cohort, list(parts[part]), batch_size)
+        np.bincount(encode(list(parts[part])).ravel(), minlength=size)
         for part in ("train", "validation")
     ]
     accuracy = None
@@ -134,14 +171,3 @@ def _codec_rows(
                 text_counts,
             )
     return CodecRows(codec.quantizer.codebook.clone(), projected.clone(), counted[0], accuracy)
-
-
-def _count_codes(
-    checkpoint: Checkpoint, cohort: Cohort, subjects: list[str], batch_size: int
-) -> np.ndarray:
-    """Occurrences int64 (codes,) in the scans of `subjects`."""
-    counts = np.zeros(checkpoint.codec.config.num_codes, dtype=np.int64)
-    extractor = checkpoint.processor.feature_extractor
-    for scan in encode_cohort(checkpoint.codec, extractor, cohort, subjects, batch_size):
-        counts += np.bincount(scan.codes.ravel(), minlength=len(counts))
-    return counts

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from cortexicon._connectome_examples import examples
+from cortexicon._connectome_residual import residual_system
 from cortexicon._parts import chosen
 from cortexicon.cohorts import Cohort, load_cohort, load_split, read_regions
 from cortexicon.evaluation import EvaluationError, write_json
@@ -142,6 +143,17 @@ def table(arguments: argparse.Namespace) -> None:
         ours = _kept(rows_folder, [name, *own], lambda f=fold, m=model: f.score(codec(m, cohort)))
         found.setdefault(name, []).append(ours)
         _predictions(arguments.json.parent / "predictions", fold, number, split.scheme, name, ours)
+        for times in arguments.residual:
+            cell = _kept(
+                rows_folder,
+                ["residual", times, *own],
+                lambda f=fold, m=model, t=times: f.score(
+                    residual_system(m, len(cohort.labels), f.train, t)
+                ),
+            )
+            residual = f"{name}, {count // times} groups of {times} residual codes"
+            tokens[residual], bits[residual] = tokens[name], bits[name]
+            found.setdefault(residual, []).append(cell)
         # Once a fold, however many checkpoints of it there are.
         names = () if (split.scheme, number) in seen else PLAIN_ROWS[arguments.plain]
         seen.add((split.scheme, number))

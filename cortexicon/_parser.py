@@ -163,6 +163,14 @@ def build_parser() -> argparse.ArgumentParser:
         default="all",
         help="plain rows beside the checkpoints (few: raw, group mean, PCA + k-means of our bits)",
     )
+    command.add_argument(
+        "--residual",
+        metavar="TIMES",
+        type=int,
+        nargs="*",
+        default=[],
+        help="rows of the same components as residual codes, so many to a group (1: one each)",
+    )
 
     command = commands.add_parser("alignment", help="can fresh probes tell codes from text?")
     command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path)

@@ -29,16 +29,21 @@ class MatrixComponents(nn.Module):
         super().__init__()
         count, self.ridge = config.num_maps, float(config.position_ridge)
         self.count = count
+        coordinates = config.num_coordinates + config.num_pattern_coordinates
         self.maps = RegionMaps(config.position_features, config.position_wavelength, count)
         # The same on the way in and out: they are orthogonal, and half as much to store.
-        self.axes = nn.Parameter(torch.zeros(config.num_components, config.num_coordinates))
+        self.axes = nn.Parameter(torch.zeros(config.num_components, coordinates))
         # Orthonormal directions in which coordinates are made louder before they are coded.
-        self.register_buffer(
-            "directions", torch.zeros(config.num_coordinates, config.num_directions)
-        )
+        self.register_buffer("directions", torch.zeros(coordinates, config.num_directions))
         self.emphasis = float(config.emphasis)
         # Number row * num_maps + column of the pairs of maps that are kept.
         self.register_buffer("kept", torch.zeros(config.num_coordinates, dtype=torch.int64))
+        # Orthonormal mixtures of all pairs, but for those that are kept: coordinates of their own.
+        if config.num_pattern_coordinates:
+            pairs = count * (count + 1) // 2
+            self.register_buffer("mixtures", torch.zeros(pairs, config.num_pattern_coordinates))
+        else:
+            self.mixtures = None
         self.register_buffer("mean", torch.zeros(count, count))  # of people, between maps
 
     def readers(self, coordinates, region_mask):
@@ -53,11 +58,30 @@ class MatrixComponents(nn.Module):
         same = torch.div(kept, self.count, rounding_mode="floor") == kept % self.count
         return torch.where(same, 0.5**0.5, 1.0)
 
+    def pairs(self):
+        """Numbers of all pairs of maps, as in `kept`."""
+        rows, columns = torch.triu_indices(self.count, self.count, device=self.kept.device)
+        return rows * self.count + columns
+
     def read(self, deviations, readers, kept):
         """Coordinates (batch, kept) of deviations from the mean; 0 where a pair is missing."""
         with exactly(deviations):
             between = readers.transpose(1, 2) @ deviations @ readers  # (batch, maps, maps)
             return between.flatten(1)[:, kept] * self.scales(kept)
+
+    def coordinates(self, deviations, readers):
+        """All coordinates (batch, kept and mixtures) of deviations from the mean."""
+        if self.mixtures is None:
+            return self.read(deviations, readers, self.kept)
+        return self.chosen_of(self.read(deviations, readers, self.pairs()))
+
+    def chosen_of(self, every):
+        """Of what all pairs hold, (batch, pairs): the kept ones, and the mixtures."""
+        kept = every[:, torch.searchsorted(self.pairs(), self.kept)]
+        if self.mixtures is None:
+            return kept
+        with exactly(every):
+            return torch.cat([kept, every @ self.mixtures], -1)
 
     def at(self, between, coordinates):
         """Matrices (batch, regions, regions) of what lies between maps, (batch, maps, maps)."""
@@ -75,16 +99,20 @@ class MatrixComponents(nn.Module):
         """Components (batch, components) of deviations (batch, regions, regions)."""
         with exactly(deviations):
             readers = self.readers(coordinates, region_mask)
-            values = self.read(deviations, readers, self.kept)
+            values = self.coordinates(deviations, readers)
             return self.louder(values, self.emphasis) @ self.axes.T
 
     def inverse(self, components, coordinates):
         """Deviations (batch, regions, regions) at any coordinates."""
         with exactly(components):
             values = self.louder(components @ self.axes, 1.0 / self.emphasis)
-            values = values * self.scales(self.kept)
-            half = values.new_zeros(len(values), self.count**2)
-            half = half.index_add(1, self.kept, values).unflatten(1, (self.count, self.count))
+            single = values[:, : len(self.kept)] * self.scales(self.kept)
+            half = values.new_zeros(len(values), self.count**2).index_add(1, self.kept, single)
+            if self.mixtures is not None:
+                pairs = self.pairs()
+                mixed = values[:, len(self.kept) :] @ self.mixtures.T
+                half = half.index_add(1, pairs, mixed * self.scales(pairs))
+            half = half.unflatten(1, (self.count, self.count))
             return self.at(half + half.transpose(1, 2), coordinates)
 
     def mean_at(self, coordinates):
@@ -112,8 +140,7 @@ class MatrixComponents(nn.Module):
         self.mean.copy_((readers.transpose(1, 2) @ filled @ readers)[0])
         centre = self.mean_at(coordinates[None])
 
-        pairs = torch.triu_indices(self.count, self.count)
-        pairs = pairs[0] * self.count + pairs[1]
+        pairs = self.pairs()
 
         def read_all(rows, there):
             parts = zip(rows.split(_ROWS), there.split(_ROWS), strict=True)
@@ -131,10 +158,9 @@ class MatrixComponents(nn.Module):
         ratio = float(own.square().sum(1).mean() / variances.sum().clamp(min=1e-30))
         self.directions.zero_()
         if patterns is not None:
-            wanted = self.read(patterns, readers, self.kept)
-            wanted = F.normalize(wanted, dim=1).T.double()  # one weak pattern counts like a strong
-            self.directions[:, : wanted.shape[1]] = torch.linalg.qr(wanted)[0].float()
-        found, variances = found[:, chosen], variances[chosen]
+            self._take_patterns(self.read(patterns, readers, pairs), chosen)
+        own, found = self.chosen_of(own), self.chosen_of(found)
+        variances = found.square().mean(0)
         covariance = (1 - shrinkage) * ratio * (found.T @ found / len(found))
         covariance.diagonal().add_(shrinkage * ratio * variances)
         covariance = self.louder(self.louder(covariance, self.emphasis).T, self.emphasis).double()
@@ -148,27 +174,48 @@ class MatrixComponents(nn.Module):
         axes = axes[:, :active].float()
         self.axes.zero_()
         self.axes[:active] = axes.T
-        components = self.louder(own[:, chosen], self.emphasis) @ self.axes.T
+        components = self.louder(own, self.emphasis) @ self.axes.T
         # Shrinkage says that the axes' variances are too large as measured on those who made them.
         measured = components[:, :active].square().mean(0).clamp(min=1e-20)
         components[:, :active] *= (spread[:active] / measured).sqrt().float()
         return components
 
+    def _take_patterns(self, wanted, chosen):
+        """Directions, and where there is room mixtures, of patterns (patterns, pairs) of maps.
+
+        Kept pairs (`chosen` of all) hold two thirds of a pattern, the mixtures the rest of it.
+        """
+        wanted = F.normalize(wanted, dim=1).double()  # one weak pattern counts like a strong
+        values = wanted[:, chosen]
+        if self.mixtures is not None:
+            self.mixtures.zero_()
+            rest = wanted.index_fill(1, chosen, 0.0)[: self.mixtures.shape[1]]
+            basis, size = torch.linalg.qr(rest.T)
+            # Without a rest of its own a pattern needs no mixture, and QR would invent one.
+            basis = basis * (size.diagonal().abs() > 1e-6)
+            self.mixtures[:, : basis.shape[1]] = basis.float()
+            values = torch.cat([values, wanted @ self.mixtures.double()], 1)
+        values = F.normalize(values, dim=1).T
+        self.directions[:, : values.shape[1]] = torch.linalg.qr(values)[0].float()
+
 
 @torch.no_grad()
-def flipped_kmeans(vectors, size, iterations, draws, seed):
+def flipped_kmeans(vectors, size, iterations, draws, seed, flip_sign=True):
     """Unit-norm cluster centres (size, code_dim) of unit vectors and all their mirror images.
 
     Principal components are as likely with one sign as with the other, and independent of each
     other: each pass sees `draws` fresh vectors whose components, but for the last, the anchor, have
     signs drawn anew. A few thousand vectors of a few hundred scans so become as many as codes need,
-    and no centre is one person's vector. Statistics are forgotten at 0.6 a pass.
+    and no centre is one person's vector. Without `flip_sign` vectors keep their signs. Statistics
+    are forgotten at 0.6 a pass.
     """
     generator = torch.Generator().manual_seed(seed)
     width = vectors.shape[1]
 
     def draw(count):
         rows = vectors[torch.randint(len(vectors), (count,), generator=generator)]
+        if not flip_sign:
+            return rows
         signs = 2.0 * torch.randint(2, rows.shape, generator=generator) - 1.0
         signs[:, -1] = 1.0
         return rows * signs.to(rows)

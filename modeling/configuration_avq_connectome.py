@@ -28,6 +28,9 @@ class AVQConnectomeConfig(PreTrainedConfig):
     num_directions : int
         Room for patterns of connections that are coded more finely than they vary, such as those
         that tell age: `AVQConnectomeModel.start_components`.
+    num_pattern_coordinates : int
+        Coordinates beside the pairs of maps, each for what one of those patterns weighs outside the
+        kept pairs; as many as there are patterns, and nothing of them is lost before the codes.
     emphasis : float
         How many times as loud they are made before they are coded.
     position_features : int
@@ -70,6 +73,7 @@ class AVQConnectomeConfig(PreTrainedConfig):
     num_maps: int = 200
     num_coordinates: int = 1500
     num_directions: int = 8
+    num_pattern_coordinates: int = 0
     emphasis: float | int = 7.0
     position_features: int = 256
     position_wavelength: float | int = 100.0
@@ -114,6 +118,7 @@ class AVQConnectomeConfig(PreTrainedConfig):
         ):
             self._check_integer(name, 1)
         self._check_integer("code_dim", 2)
+        self._check_integer("num_pattern_coordinates", 0)
         for name in (
             "commitment_weight",
             "domain_weight",

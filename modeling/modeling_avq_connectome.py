@@ -269,14 +269,23 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         return dealt
 
     @torch.no_grad()
-    def start_codebook(self, dealt, iterations: int = 14, draws: int = 80000, seed: int = 0):
+    def start_codebook(
+        self,
+        dealt,
+        iterations: int = 14,
+        draws: int = 80000,
+        seed: int = 0,
+        flip_sign: bool = True,
+    ):
         """Place the codebook by k-means on what tokens hold, (scans, tokens, code_dim - 1).
 
-        Then let P begin where text lies, where `set_text_space` has said so, and the decoder at
-        reading P(code).
+        With `flip_sign` components meet k-means with either sign (`flipped_kmeans`). Then let P
+        begin where text lies, where `set_text_space` has said so, and the decoder at reading
+        P(code).
         """
         vectors = F.normalize(self._with_anchor(dealt).flatten(0, 1), dim=-1)
-        codebook = flipped_kmeans(vectors, self.config.num_codes, iterations, draws, seed)
+        size = self.config.num_codes
+        codebook = flipped_kmeans(vectors, size, iterations, draws, seed, flip_sign)
         quantizer = self.quantizer
         quantizer.codebook.copy_(codebook)
         quantizer.code_sum.copy_(codebook)

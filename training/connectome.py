@@ -8,7 +8,6 @@ says that it is better than the start.
 
 import sys
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,13 +15,20 @@ from tqdm import tqdm
 
 from cortexicon.cohorts import Cohort
 from cortexicon.evaluation.connectivity import correlation_by_scan
-from cortexicon.inference import cohort_matrices
 from cortexicon.modeling import AVQConnectomeConfig, AVQConnectomeModel
 from cortexicon.modeling.losses_avq import reversal_strength
 
 from .arguments import TrainingError, load_arguments
 from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
 from .collators import TextDomain, draw_scans, load_fold, load_text_side
+from .connectome_sources import (
+    Matrices,
+    further_scans,
+    matrices_of,
+    mirrored,
+    other_atlases,
+    sub_windows,
+)
 from .faults import written_whole
 from .patterns import ridge_patterns, target_columns
 
@@ -43,6 +49,11 @@ class ConnectomeArguments:
     targets: list = field(default_factory=list)
     target_penalty: float = 1.0
     more_scans: bool = True
+    sub_windows: int = 0
+    mirrored: bool = False
+    more_cohorts: list = field(default_factory=list)
+    flip_sign: bool = True
+    adversary: bool = True
     fit_validation: bool = True
     kmeans_iterations: int = 14
     kmeans_draws: int = 80000
@@ -56,32 +67,6 @@ class ConnectomeArguments:
     seed: int = 0
     cpu: bool = False
     resume: bool = False
-
-
-class Matrices(NamedTuple):
-    """Scans of one part: `matrices` (scans, regions, regions), `region_mask` (scans, regions)."""
-
-    matrices: torch.Tensor
-    region_mask: torch.Tensor
-
-    def rows(self, chosen) -> dict[str, torch.Tensor]:
-        """Keyword inputs of the model."""
-        return {"matrices": self.matrices[chosen], "region_mask": self.region_mask[chosen]}
-
-
-def further_scans(cohort: Cohort, parts: dict[str, list[str]], fitted: list[str]) -> list[str]:
-    """Scans of training sites that no part names, of people that no part names either.
-
-    Quality control kept them out of the split; they still say which connections vary together.
-    """
-    table = cohort.participants
-    named = {subject for subjects in parts.values() for subject in subjects}
-    sites = set(table.loc[fitted, "site"])
-    free = [s for s in table.index if s not in named and table.loc[s, "site"] in sites]
-    if "sub_id" in table:
-        people = set(table.loc[sorted(named), "sub_id"].astype(str))
-        free = [s for s in free if str(table.loc[s, "sub_id"]) not in people]
-    return free
 
 
 @torch.no_grad()
@@ -145,14 +130,16 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         table = text_domain.table
     model = build_model(arguments, cohort, table, text_domain)
 
-    def matrices_of(subjects: list[str]) -> Matrices:
-        return Matrices(*cohort_matrices(cohort, subjects)[1:])
-
     fitted = list(parts["train"])
     if arguments.fit_validation:
         fitted += parts["validation"]
-    training, validation = matrices_of(fitted), matrices_of(list(parts["validation"]))
-    more = further_scans(cohort, parts, fitted) if arguments.more_scans else []
+    training = matrices_of(cohort, fitted)
+    validation = matrices_of(cohort, list(parts["validation"]))
+    free = further_scans(cohort, parts, fitted) if arguments.more_scans else []
+    more = [matrices_of(cohort, free)] if free else []
+    more += sub_windows(cohort, fitted, arguments.sub_windows)
+    more += [mirrored(training, cohort.coordinates)] if arguments.mirrored else []
+    more += other_atlases(arguments.more_cohorts, fitted, training, cohort.coordinates)
 
     told = target_columns(cohort.participants.loc[fitted], arguments.targets)
     if len(told) > model.config.num_directions:
@@ -169,7 +156,7 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         "split_hash": split.hash,
         "parameters": sum(p.numel() for p in model.parameters()),
         "training_scans": len(fitted),
-        "more_scans": len(more),
+        "more_matrices": sum(len(one.matrices) for one in more),
         "patterns": [name for name, _ in told],
         "tokens": model.config.num_tokens,
         "text_table": model.config.text_table_sha256,
@@ -177,19 +164,23 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
     }
     run.begin("avq", arguments, facts, model, optimizer)
     log = TrainingLog(run.output, True)
-    extra = matrices_of(more) if more else Matrices(None, None)  # type: ignore[arg-type]
+    extra = [torch.cat(part) for part in zip(*more, strict=True)] if more else [None, None]
     dealt = model.start_components(
         training.matrices,
         region_mask=training.region_mask,
-        more_matrices=extra.matrices,
-        more_region_mask=extra.region_mask,
+        more_matrices=extra[0],
+        more_region_mask=extra[1],
         patterns=patterns_of(training, told, arguments.target_penalty),
         shrinkage=arguments.shrinkage,
     )
     model.start_codebook(
-        dealt, arguments.kmeans_iterations, arguments.kmeans_draws, seed=arguments.seed
+        dealt,
+        arguments.kmeans_iterations,
+        arguments.kmeans_draws,
+        seed=arguments.seed,
+        flip_sign=arguments.flip_sign,
     )
-    del dealt, extra
+    del dealt, extra, more
     centre = model.components.mean_at(model._coordinates(None, None))[0].clone()
     final = evaluate(model, validation, arguments.batch_size, centre)
     log.write(0, **final)
@@ -232,10 +223,15 @@ def build_model(
     table: torch.Tensor | None,
     text_domain: TextDomain | None,
 ) -> AVQConnectomeModel:
-    """An untrained codec for the cohort's atlas and, where given, a language model."""
+    """An untrained codec for the cohort's atlas and, where given, a language model.
+
+    With the adversary P starts at mean and leading directions of the text that the model reads.
+    """
     values = dict(arguments.model)
     if table is not None:
         values["text_width"] = table.shape[1]
+    if not arguments.adversary:
+        values |= {"domain_weight": 0.0, "moment_weight": 0.0, "energy_weight": 0.0}
     model = AVQConnectomeModel(
         AVQConnectomeConfig(
             atlas=cohort.atlas,
@@ -245,7 +241,8 @@ def build_model(
         )
     )
     if table is not None and text_domain is not None:
-        model.set_text_space(table, model_id=arguments.text_model, share=text_domain.share)
+        share = text_domain.share if arguments.adversary else None
+        model.set_text_space(table, model_id=arguments.text_model, share=share)
     return model
 
 

@@ -125,6 +125,36 @@ def test_a_pattern_is_heard_better_the_louder_it_is_made():
     assert 1 - heard[1] < 0.2 * (1 - heard[0])
 
 
+def test_what_a_pattern_weighs_outside_the_kept_pairs_is_a_coordinate_of_its_own():
+    """Few pairs are kept; what they do not hold of a pattern comes back all the same."""
+    matrices = people(factors=6)
+    weights = np.random.default_rng(9).normal(size=(7, REGIONS, REGIONS))
+    pattern = torch.tensor(weights[2] + weights[2].T, dtype=torch.float32)
+    pattern.fill_diagonal_(0.0)
+    lost = []
+    for count in (0, 1, 2):  # with the second there is room for a pattern that nobody gives
+        sizes = SIZES | {"num_coordinates": 6, "num_directions": 2, "emphasis": 20.0}
+        config = AVQConnectomeConfig(**sizes, num_pattern_coordinates=count)
+        model = AVQConnectomeModel(config).eval()
+        model.start_components(matrices, patterns=pattern[None], shrinkage=0.01)
+        values, coordinates, present = model._prepare(matrices, None, None)
+        centre = model._mean(None, coordinates)
+        parts = model.components
+        with torch.no_grad():
+            there = torch.ones(1, REGIONS, dtype=torch.bool)
+            moved = (values - centre) * present
+            back = parts.inverse(parts(moved, coordinates, there), coordinates)
+        wanted, found = ((rows * pattern).sum((1, 2)) for rows in (moved, back))
+        lost.append(float((wanted - found).var() / wanted.var()))
+    assert lost[0] > 0.2
+    assert max(lost[1:]) < 0.02
+    # A pattern that is all within the kept pairs has no rest, and QR must not invent one.
+    sizes = SIZES | {"num_coordinates": 55, "num_pattern_coordinates": 1}
+    model = AVQConnectomeModel(AVQConnectomeConfig(**sizes)).eval()
+    model.start_components(matrices, patterns=pattern[None], shrinkage=0.01)
+    assert model.components.mixtures.abs().max() == 0
+
+
 def test_patterns_are_checked():
     model = AVQConnectomeModel(AVQConnectomeConfig(**SIZES))
     for patterns, message in (

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from cortexicon import cli
@@ -11,7 +12,15 @@ from cortexicon.cohorts import load_cohort, make_split, save_cohort, simulate_co
 from cortexicon.evaluation import read_predictions
 from cortexicon.evaluation.connectivity import correlation_by_scan
 from cortexicon.inference import cohort_matrices, decode_matrices, load_connectome, read_codes
-from cortexicon.training.connectome import further_scans
+from cortexicon.training.arguments import TrainingError
+from cortexicon.training.connectome_sources import (
+    Matrices,
+    further_scans,
+    matrices_of,
+    mirrored,
+    other_atlases,
+    sub_windows,
+)
 
 MODEL = {
     "num_tokens": 6,
@@ -182,3 +191,68 @@ def test_scans_of_held_out_people_and_sites_serve_nothing(folder):
     assert found
     assert set(sites[found]) == {sites[subjects[0]]}
     assert not set(found) & {*fitted, *subjects[-5:]}
+
+
+def test_mirrored_twice_is_the_same_brain():
+    places = np.array([[-30, 0, 0], [30, 0, 0], [-20, 40, 9], [20, 40, 9]], np.float32)
+    rows = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0))
+    rows = (rows + rows.transpose(1, 2)) * (1 - torch.eye(4))
+    mask = torch.ones(5, 4, dtype=torch.bool)
+    mask[0, 3] = False
+    scans = Matrices(rows * mask[:, :, None] * mask[:, None, :], mask)
+    turned = mirrored(scans, places)
+    swapped = [1, 0, 3, 2]
+    assert torch.equal(turned.region_mask, mask[:, swapped])
+    # Of the same pair in the other hemisphere, but for the mean, which stays where it was.
+    whole = Matrices(scans.matrices[1:], mask[1:])
+    turned = mirrored(whole, places)
+    away = whole.matrices - whole.matrices.mean(0)
+    expected = whole.matrices.mean(0) + away[:, swapped][:, :, swapped]
+    torch.testing.assert_close(turned.matrices, expected, atol=1e-4, rtol=0)
+    twice = mirrored(Matrices(turned.matrices, turned.region_mask), places)
+    torch.testing.assert_close(twice.matrices, whole.matrices, atol=1e-4, rtol=0)
+
+
+def test_sources_of_the_covariance_are_training_people(folder):
+    cohort = load_cohort(folder / "cohort")
+    subjects = list(cohort.subject_ids)[:6]
+    scans = matrices_of(cohort, subjects)
+    first, second = sub_windows(cohort, subjects, 2)
+    upper = np.triu_indices(28, 1)
+    for half in (first, second):
+        kept = correlation_by_scan(
+            half.matrices[:, *upper].numpy(), scans.matrices[:, *upper].numpy()
+        )
+        assert np.median(kept) > 0.5
+    assert not torch.equal(first.matrices, second.matrices)
+    assert sub_windows(cohort, subjects, 0) == []
+    # The same parcellation read at its own regions is the same but for neighbours within a few mm.
+    (same,) = other_atlases([str(folder / "cohort")], subjects, scans, cohort.coordinates)
+    assert len(same.matrices) == 6
+    kept = correlation_by_scan(same.matrices[:, *upper].numpy(), scans.matrices[:, *upper].numpy())
+    assert np.median(kept) > 0.8
+    with pytest.raises(TrainingError, match="another parcellation"):
+        other_atlases([str(folder / "cohort")], ["nobody"], scans, cohort.coordinates)
+
+
+def test_the_run_says_how_many_matrices_made_its_covariance(folder, tmp_path):
+    more = ["sub_windows=2", "mirrored=true", f"more_cohorts=[{folder / 'cohort'}]"]
+    run("train", "avq", folder / "config.yaml", "--set", f"output={tmp_path / 'more'}", *more)
+    facts = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert facts["training_scans"] == 35
+    assert facts["more_matrices"] == 4 * 35  # the split names everybody, so no scan was left
+
+
+def test_residual_codes_stand_beside_in_the_table(folder, tmp_path, capsys):
+    argv = ["connectome-table", folder / "cohort", folder / "codec", "--json", tmp_path / "t.json",
+            "--plain", "none", "--residual"]  # fmt: skip
+    run(*argv, "1", "2")
+    rows = json.loads((tmp_path / "t.json").read_text())["schemes"]["site_stratified"]["rows"]
+    ours, again, pairs = rows
+    assert [row["tokens"] for row in rows] == [6, 6, 6]
+    assert pairs["system"].endswith("3 groups of 2 residual codes")
+    # Groups of one are the quantiser that the checkpoint has, fitted anew.
+    assert again["deviation"] == pytest.approx(ours["deviation"], abs=0.05)
+    assert 0.2 < pairs["deviation"] < 1
+    assert cli.main([str(word) for word in (*argv, "4")]) == 2
+    assert "a divisor of 6 tokens" in capsys.readouterr().err
