@@ -77,7 +77,7 @@ def _dealt(model: AVQConnectomeModel, regions: int, rows: np.ndarray) -> torch.T
             matrices = torch.full((len(part), regions, regions), torch.nan)
             matrices[:, upper[0], upper[1]] = part
             matrices[:, upper[1], upper[0]] = part
-            unit = model.encode(matrices).latents
+            unit = torch.as_tensor(model.encode(matrices).latents)
             parts.append(unit[..., :-1] / unit[..., -1:] * model.anchor)
     return torch.cat(parts)
 
@@ -92,7 +92,7 @@ def _decoded(model: AVQConnectomeModel, regions: int, dealt: torch.Tensor) -> np
         for part in dealt.split(_BATCH):
             components = model.deal.inverse(part[:, None])[:, 0]
             matrices = mean + model.components.inverse(components, coordinates)
-            parts.append(matrices.numpy()[:, *upper])
+            parts.append(matrices.numpy()[:, upper[0], upper[1]])
     return np.concatenate(parts)
 
 

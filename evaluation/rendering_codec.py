@@ -72,7 +72,7 @@ def _group_strip(axes: Axes, groups: list[tuple[str, int, int]], num_regions: in
             axes.text(
                 -0.025,
                 (first + last - 1) / 2,
-                _readable(name),
+                readable(name),
                 transform=axes.get_yaxis_transform(),
                 ha="right",
                 va="center",
@@ -81,7 +81,7 @@ def _group_strip(axes: Axes, groups: list[tuple[str, int, int]], num_regions: in
     axes.set_yticks([])
 
 
-def _readable(name: str) -> str:
+def readable(name: str) -> str:
     """'DorsalAttention' -> 'Dorsal Attention', 'L' -> 'left'."""
     if name in ("L", "R"):
         return {"L": "left", "R": "right"}[name]

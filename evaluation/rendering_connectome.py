@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .rendering import BLUE, VERMILION, new_figure
-from .rendering_codec import Examples, region_order
+from .rendering_codec import Examples, readable, region_order
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +80,10 @@ def draw_meaning(examples: Examples) -> Figure:
             panel.set_ylim((-80, 90) if up == 2 else (-112, 80))
             panel.set_aspect("equal")
             panel.set_axis_off()
-        row[1].set_title(f"its {CONNECTIONS} strongest connections, from above")
-        row[2].set_title("and from the right")
+        row[1].set_title(f"{CONNECTIONS} strongest, from above")
+        row[2].set_title("from the right")
+        for side, place in (("L", -72), ("R", 72)):
+            row[1].text(place, 72, side, ha="center", va="center", fontsize=8)
     return figure
 
 
@@ -91,7 +93,8 @@ def _group_ticks(panel: Axes, groups: list[tuple[str, int, int]]) -> None:
         panel.axhline(first - 0.5, color="white", linewidth=0.6)
         panel.axvline(first - 0.5, color="white", linewidth=0.6)
     panel.set_xticks([])
-    panel.set_yticks([(a + b - 1) / 2 for _, a, b in groups], [name for name, _, _ in groups])
+    names = ["no network" if name == "none" else readable(name) for name, _, _ in groups]
+    panel.set_yticks([(a + b - 1) / 2 for _, a, b in groups], names)
     panel.tick_params(length=0, labelsize=6)
 
 
@@ -119,7 +122,8 @@ FIGURES = (
         "connectome_meaning",
         "What a code of connectivity means",
         "What changes in the decoded matrix when one token says one code instead of another: the "
-        "two codes of held-out scans that lie farthest apart along the token's loudest component.",
+        "two codes of held-out scans that lie farthest apart along the token's loudest component. "
+        "In the brain the connections that change most: orange rises, blue falls.",
         draw_meaning,
     ),
 )

@@ -60,7 +60,7 @@ def sub_windows(cohort: Cohort, subjects: list[str], count: int) -> list[Matrice
 
 def mirrored(scans: Matrices, coordinates: np.ndarray) -> Matrices:
     """The same brains with left and right exchanged; `coordinates` (regions, 3) in mm."""
-    there = np.asarray(coordinates, np.float32) * np.float32([-1, 1, 1])
+    there = np.asarray(coordinates, np.float32) * np.array([-1, 1, 1], np.float32)
     return _around(scans, _read_at(scans, there, coordinates))
 
 
