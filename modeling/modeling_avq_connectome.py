@@ -57,6 +57,7 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         "components.maps",
         "components.axes",
         "components.directions",
+        "components.mixtures",
         "components.mean",
         "anchor",
         "read_code",

@@ -135,7 +135,8 @@ def make_connectome():
             "num_codes": SIZES["num_connectivity_codes"],
             "code_dim": 4,
             "num_maps": REGIONS,
-            "num_coordinates": 55,
+            "num_coordinates": 40,
+            "num_pattern_coordinates": 1,
             "position_features": 64,
             "position_wavelength": 60.0,
             "text_width": TEXT_WIDTH,
@@ -149,7 +150,8 @@ def make_connectome():
         if table is not None:
             model.set_text_space(table, "tiny")
         people = torch.randn(60, REGIONS, REGIONS, generator=torch.Generator().manual_seed(3))
-        dealt = model.start_components(0.2 * (people + people.transpose(1, 2)), shrinkage=0.1)
+        people = 0.2 * (people + people.transpose(1, 2))
+        dealt = model.start_components(people, patterns=people[:1], shrinkage=0.1)
         model.start_codebook(dealt, iterations=4, draws=400)
         return model
 
