@@ -44,7 +44,7 @@ DESCRIPTIONS = {
     MOTION: "linear model of mean head motion alone",
     KERNEL_RIDGE: "kernel ridge on the Fisher-z correlation matrix of the raw series",
     SVM: "linear SVM on the Fisher-z correlation matrix of the raw series",
-    PERMUTED: "the connectivity baseline trained on labels shuffled among subjects",
+    PERMUTED: "the connectivity baseline trained on labels shuffled among all training subjects",
 }
 MOTION_COLUMNS = ("func_mean_fd", "mean_fd", "framewise_displacement")
 PENALTIES = np.logspace(-3, 3, 13)
@@ -60,6 +60,7 @@ def run_baselines(
     out_folder: str | Path,
     fold: int = 0,
     seed: int = 0,
+    permutations: int = 1,
 ) -> list[Path]:
     """Fit every baseline on one fold and write one file of predictions per system and target.
 
@@ -75,6 +76,11 @@ def run_baselines(
     fold : int
         Number of the fold, written into the files and their names.
     seed : int
+    permutations : int
+        How often the permuted labels are drawn. They are dealt out among all training subjects, not
+        within sites: within them they would still say what a site's people are like, and the
+        control would find the site. One draw says little, since what it finds by chance it
+        finds for all test subjects alike, and their number does not average that out.
 
     Returns
     -------
@@ -95,9 +101,10 @@ def run_baselines(
     for rows in rows_of_targets(cohort, split_fold, targets):
         kernels = rows.kernels(train_kernel, test_kernel)
         predict = _regressions if rows.numeric else _classifications
-        for system, (y_hat, score) in predict(
-            rows.train, rows.test, rows.target, kernels, np.random.default_rng(seed)
-        ).items():
+        found = predict(
+            rows.train, rows.test, rows.target, kernels, np.random.default_rng(seed), permutations
+        )
+        for system, (y_hat, score) in found.items():
             paths.append(write_baseline(out_folder, rows, system, fold, y_hat, score))
     return paths
 
@@ -188,20 +195,25 @@ def write_baseline(
     y_hat: np.ndarray,
     score: np.ndarray | None,
 ) -> Path:
-    """Write `baseline_TARGET_SYSTEM_foldN.csv` for the test rows of one target."""
+    """Write `baseline_TARGET_SYSTEM_foldN.csv` for the test rows of one target.
+
+    `y_hat` and `score` are (test,), or (draws, test).
+    """
+    draws = 1 if y_hat.ndim == 1 else len(y_hat)
     name = re.sub(r"[^a-z0-9]+", "-", f"{rows.target} {system}".lower()).strip("-")
     truth = rows.test[rows.target].to_numpy()
     return write_predictions(
         Path(out_folder) / f"baseline_{name}_fold{fold}.csv",
-        rows.test.index.astype(str),
-        truth.astype(float) if rows.numeric else truth.astype(str),
-        y_hat,
+        np.tile(rows.test.index.astype(str), draws),
+        np.tile(truth.astype(float) if rows.numeric else truth.astype(str), draws),
+        y_hat.ravel(),
         system=system,
         target=rows.target,
         fold=fold,
-        part=rows.parts,
-        score=score,
-        site=rows.test["site"].astype(str).to_numpy(),
+        part=rows.parts * draws,
+        score=None if score is None else score.ravel(),
+        site=np.tile(rows.test["site"].astype(str).to_numpy(), draws),
+        draw=None if draws == 1 else np.repeat(np.arange(draws), len(rows.test)),
     )
 
 
@@ -219,6 +231,7 @@ def _regressions(
     target: str,
     kernels: tuple[np.ndarray, np.ndarray],
     generator: np.random.Generator,
+    permutations: int,
 ) -> _Predictions:
     y = train[target].to_numpy(float)
     median = float(np.median(y))
@@ -233,8 +246,11 @@ def _regressions(
         model = RidgeCV(alphas=PENALTIES * len(y)).fit(train_x, forward(y))
         found[system] = backward(model.predict(test_x)), None
     found[KERNEL_RIDGE] = kernel_ridge(kernels[0], y, kernels[1], generator), None
-    shuffled = generator.permutation(y)
-    found[PERMUTED] = kernel_ridge(kernels[0], shuffled, kernels[1], generator), None
+    drawn = [
+        kernel_ridge(kernels[0], generator.permutation(y), kernels[1], generator)
+        for _ in range(permutations)
+    ]
+    found[PERMUTED] = np.stack(drawn), None
     return found
 
 
@@ -244,6 +260,7 @@ def _classifications(
     target: str,
     kernels: tuple[np.ndarray, np.ndarray],
     generator: np.random.Generator,
+    permutations: int,
 ) -> _Predictions:
     y = train[target].astype(str).to_numpy()
     classes, counts = np.unique(y, return_counts=True)
@@ -266,8 +283,12 @@ def _classifications(
         ).fit(train_x, y)
         found[system] = model.predict(test_x), model.decision_function(test_x)
     found[SVM] = support_vectors(kernels[0], y, kernels[1], generator)
-    shuffled = generator.permutation(y)
-    found[PERMUTED] = support_vectors(kernels[0], shuffled, kernels[1], generator)
+    drawn = [
+        support_vectors(kernels[0], generator.permutation(y), kernels[1], generator)
+        for _ in range(permutations)
+    ]
+    y_hat, score = (np.stack(part) for part in zip(*drawn, strict=True))
+    found[PERMUTED] = y_hat, score
     return found
 
 

@@ -20,8 +20,9 @@ from .results import read_json
 
 LIMITS = (
     "This is research software. No number here supports a decision about a single person.",
-    "An interval covers the choice of test subjects. Folds share training subjects, so it is too "
-    "narrow for the choice of training data; seeds are averaged, not drawn.",
+    "An interval covers the choice of test subjects and, where there are several, of seeds or of a "
+    "control's permutations. Folds share training subjects, so it is too narrow for the choice of "
+    "training data.",
     "Within sites a system can guess from the scanner: read 'site mean' and 'scan length + TR + "
     "site', and the held-out sites, before believing the held-out subjects.",
     "A system that is not ranked is shown to prove that its code runs, not how well it predicts.",

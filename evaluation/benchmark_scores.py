@@ -1,7 +1,8 @@
 """Scores of many systems on the same held-out subjects: one table of a benchmark.
 
-With several seeds a score is the mean over seeds, and its interval is over subjects: all seeds of a
-subject are drawn together. Everything paired is paired by subject.
+With several seeds a score is the mean over seeds, and its interval is over subjects and seeds: what
+a permutation of labels finds by chance it finds for all subjects alike, so an interval over
+subjects alone would be too narrow. Everything paired is paired by subject.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from .predictions import missing_answers
 from .scores import (
     area_under_curve,
     balanced_accuracy,
+    crossed_interval,
     interval_of,
     mean_absolute_error,
     pearson,
@@ -122,7 +124,10 @@ def score_view(
             described["class_counts"] = truth.value_counts().sort_index().to_dict()
         answers = answers_of(mine, numeric)
         score = _score_numbers if numeric else _score_classes
-        systems = {name: score(name, answers, num_resamples) for name in answers}
+        systems = {
+            name: score(name, answers, num_resamples, by_site=not facts[name]["control"])
+            for name in answers
+        }
         key = "mae" if numeric else "auc"
         sign = 1.0 if numeric else -1.0
         order = sorted(
@@ -173,13 +178,17 @@ def answers_of(rows: pd.DataFrame, numeric: bool) -> dict[str, Answers]:
     return found
 
 
-def _score_numbers(name: str, answers: dict[str, Answers], num_resamples: int) -> dict[str, Any]:
+def _score_numbers(
+    name: str, answers: dict[str, Answers], num_resamples: int, by_site: bool
+) -> dict[str, Any]:
     mine = answers[name]
     scores = _counts(mine)
     for key, formula in (("mae", mean_absolute_error), ("r", pearson), ("r2", prediction_r2)):
         statistic = over_seeds(formula)
         scores[key] = statistic(mine.y, mine.y_hat)
-        scores[f"{key}_interval"] = interval_of(statistic, (mine.y, mine.y_hat), num_resamples)
+        scores[f"{key}_interval"] = crossed_interval(
+            statistic, (mine.y,), (mine.y_hat,), num_resamples
+        )
     scores |= spread(mine.y_hat.ravel(), "predicted_")
     scores["mae_bias_corrected"] = over_seeds(bias_corrected_mae)(mine.y, mine.y_hat)
     scores["seeds"] = [mean_absolute_error(mine.y, column) for column in mine.y_hat.T]
@@ -187,12 +196,15 @@ def _score_numbers(name: str, answers: dict[str, Answers], num_resamples: int) -
         pair = _paired(mine, answers.get(other)) if name != other else None
         if pair is None:
             continue
-        errors = [np.abs(side.y_hat - side.y[:, None]).mean(axis=1) for side in pair]
-        gap = errors[0] - errors[1]
+        errors = [np.abs(side.y_hat - side.y[:, None]) for side in pair]
+        gap = errors[0].mean(axis=1) - errors[1].mean(axis=1)
         scores[f"difference_to_{key}"] = float(gap.mean())
-        scores[f"difference_to_{key}_interval"] = interval_of(np.mean, (gap,), num_resamples)
+        drawn = crossed_interval(_mean_gap, (), errors, num_resamples)
+        scores[f"difference_to_{key}_interval"] = drawn
         scores[f"p_{key}"] = sign_flip_p(gap)
     scores["calibration"] = _number_calibration(mine)
+    if not by_site:
+        return scores
     scores["by_site"] = {
         site: {
             "num_subjects": len(rows),
@@ -204,7 +216,9 @@ def _score_numbers(name: str, answers: dict[str, Answers], num_resamples: int) -
     return scores
 
 
-def _score_classes(name: str, answers: dict[str, Answers], num_resamples: int) -> dict[str, Any]:
+def _score_classes(
+    name: str, answers: dict[str, Answers], num_resamples: int, by_site: bool
+) -> dict[str, Any]:
     mine = answers[name]
     _, coded = np.unique(np.c_[mine.y, mine.y_hat], return_inverse=True)
     coded = coded.reshape(len(mine.y), -1)
@@ -213,23 +227,27 @@ def _score_classes(name: str, answers: dict[str, Answers], num_resamples: int) -
     scores = _counts(mine)
     accuracy, auc = over_seeds(balanced_accuracy), over_seeds(area_under_curve)
     scores["balanced_accuracy"] = accuracy(truth, answer)
-    scores["balanced_accuracy_interval"] = interval_of(accuracy, (truth, answer), num_resamples)
+    drawn = crossed_interval(accuracy, (truth,), (answer,), num_resamples)
+    scores["balanced_accuracy_interval"] = drawn
     scores["predicted_counts"] = pd.Series(mine.y_hat.ravel()).value_counts().sort_index().to_dict()
     if len(np.unique(mine.y)) == 2:
         scores["auc"] = auc(positive, mine.score)
-        scores["auc_interval"] = interval_of(auc, (positive, mine.score), num_resamples)
+        drawn = crossed_interval(auc, (positive,), (mine.score,), num_resamples)
+        scores["auc_interval"] = drawn
         scores["seeds"] = [area_under_curve(positive, column) for column in mine.score.T]
         pair = _paired(mine, answers.get(CLASS_REFERENCE)) if name != CLASS_REFERENCE else None
         if pair is not None:
             positives = pair[0].y == np.unique(mine.y)[-1]
             both = (positives, pair[0].score, pair[1].score)
             scores["difference_to_reference"] = _auc_gap(*both)
-            drawn = interval_of(_auc_gap, both, num_resamples)
+            drawn = crossed_interval(_auc_gap, both[:1], both[1:], num_resamples)
             scores["difference_to_reference_interval"] = drawn
             scores["p_reference"] = _bootstrap_p(both, num_resamples)
     calibration = _class_calibration(mine, positive)
     if calibration is not None:
         scores["calibration"] = calibration
+    if not by_site:
+        return scores
     scores["by_site"] = {}
     for site, y, rows in _sites(mine):
         scores["by_site"][site] = {
@@ -268,6 +286,10 @@ def _paired(mine: Answers, other: Answers | None) -> tuple[Answers, Answers] | N
         return None
     common = mine.subjects.intersection(other.subjects)
     return (mine.of(common), other.of(common)) if len(common) else None
+
+
+def _mean_gap(first: np.ndarray, second: np.ndarray) -> float:
+    return float(first.mean() - second.mean())
 
 
 def _auc_gap(positive: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:

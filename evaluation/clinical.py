@@ -70,6 +70,12 @@ def score_clinical(
     it is left out; `num_invalid` counts it either way.
     """
     rows = read_predictions(prediction_files)
+    draws = rows.groupby("system")["draw"].nunique()
+    if (draws > 1).any():
+        raise EvaluationError(
+            f"'{draws.idxmax()}' was fitted {draws.max()} times (column draw); expected one. "
+            "`cortexicon benchmark` averages several."
+        )
     result: dict[str, Any] = {}
     for target, of_target in rows.groupby("target", sort=False):
         numbers = pd.to_numeric(of_target["y"], errors="coerce").to_numpy(float)

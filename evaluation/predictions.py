@@ -6,7 +6,8 @@ are labels, and the column `score` is higher the more likely the class that sort
 a probability, `probability` repeats it, and calibration is shown. A column `site` is optional; one
 file that has it serves all (the per-site table needs it). An empty y_hat is an invalid answer;
 `free_answer_valid`, optional too, is the share of a subject's answers that were valid before a
-grammar was laid over them.
+grammar was laid over them. Where a system was fitted several times, `draw` numbers the times: a
+seed of a model, or one of the permutations of a control.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pandas as pd
 from .errors import EvaluationError
 
 COLUMNS = ["subject_id", "y", "y_hat", "system", "target", "fold", "part"]
-OPTIONAL_COLUMNS = ["score", "probability", "site", "free_answer_valid"]
+OPTIONAL_COLUMNS = ["score", "probability", "site", "free_answer_valid", "draw"]
 PARTS = ("validation", "test", "test_sites", "all")
 
 
@@ -37,6 +38,7 @@ def write_predictions(
     part: str | Iterable[str],
     score: np.ndarray | None = None,
     site: np.ndarray | None = None,
+    draw: np.ndarray | None = None,
 ) -> Path:
     """Write one system's predictions of one target, through a temporary file.
 
@@ -52,6 +54,8 @@ def write_predictions(
     score : float array, (subjects,), optional
         For classes: higher means the class that sorts last is more likely.
     site : array of str, (subjects,), optional
+    draw : int array, (subjects,), optional
+        Which time it was fitted, where the rows hold several.
 
     Returns
     -------
@@ -66,6 +70,8 @@ def write_predictions(
         table["score"] = np.asarray(score, float)
     if site is not None:
         table["site"] = np.asarray(site, str)
+    if draw is not None:
+        table["draw"] = np.asarray(draw, int)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,13 +87,13 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
     -------
     DataFrame
         Columns of the format with the optional ones (NaN or empty where unknown), y and y_hat as
-        strings, one row per subject, system, target and part.
+        strings, one row per subject, system, target, part and draw.
 
     Raises
     ------
     EvaluationError
         If a file is missing or unreadable, a column is absent, a part is unknown, y is missing,
-        or one system predicts a subject twice for one target.
+        or one system predicts a subject twice for one target in one draw.
     """
     tables = []
     for path in map(Path, paths):
@@ -123,7 +129,7 @@ def read_predictions(paths: Iterable[str | Path]) -> pd.DataFrame:
     if not tables:
         raise EvaluationError("No file of predictions was given; expected at least one CSV file.")
     rows = pd.concat(tables, ignore_index=True)
-    key = ["subject_id", "system", "target", "part"]
+    key = ["subject_id", "system", "target", "part", "draw"]
     twice = rows[rows.duplicated(key, keep=False)]
     if len(twice):
         first = twice.iloc[0]

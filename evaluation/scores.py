@@ -242,3 +242,43 @@ def interval_of(
         return float(formula(*(array[rows] for array in arrays)))
 
     return list(bootstrap_interval(statistic, len(arrays[0]), num_resamples, seed))
+
+
+def crossed_interval(
+    formula: Callable[..., float],
+    columns: Sequence[np.ndarray],
+    tables: Sequence[np.ndarray],
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> list[float]:
+    """Interval of a formula over subjects and, where there are several, over seeds.
+
+    Both are drawn with replacement, each seed's column as a whole: the pigeonhole bootstrap (Owen
+    2007, Annals of Applied Statistics 1), which is never too narrow. With one seed it is
+    `interval_of`.
+
+    Parameters
+    ----------
+    formula : callable
+        Takes what was drawn of `columns`, then of `tables`, and returns a number.
+    columns : sequence of arrays, (subjects,)
+    tables : sequence of arrays, (subjects, seeds)
+        Each may have its own number of seeds.
+    num_resamples, seed : int
+
+    Returns
+    -------
+    list of float
+        Low and high.
+    """
+    generator = np.random.default_rng([seed, 1])
+
+    def statistic(rows: np.ndarray) -> float:
+        drawn = [table[rows] for table in tables]
+        for place, table in enumerate(drawn):
+            width = table.shape[1]
+            if width > 1:
+                drawn[place] = table[:, generator.integers(0, width, width)]
+        return float(formula(*(column[rows] for column in columns), *drawn))
+
+    return list(bootstrap_interval(statistic, len(tables[0]), num_resamples, seed))

@@ -9,6 +9,7 @@ A cell is one system (or one control of it) on one fold with one seed, in a proc
     RESULTS/cells/HASH/run/            `{run}`: whatever a command keeps, to go on from
     RESULTS/cells/HASH/predictions/    files of predictions
     RESULTS/cells/HASH/outcome.json    how it ended and what it cost; such a cell is never run again
+    RESULTS/shared/HASH/               what cells with the same `shared` steps share
     RESULTS/results.json, report.html  all scores, with commit and command
 
 HASH covers the system's name and entry, the configurations that its commands read, the control, the
@@ -158,7 +159,7 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
     for system in suite.systems:
         if system.kind == "file":
             continue
-        configs = _configurations(system)
+        configs = _configurations(system.arguments)
         seeds = suite.seeds if system.kind == "baseline" or system.uses("seed") else suite.seeds[:1]
         targets = suite.targets if system.uses("target") else [None]
         for view in views:
@@ -179,11 +180,10 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
     return list(cells.values())
 
 
-def _configurations(system: System) -> dict[str, str]:
+def _configurations(arguments: Sequence[str]) -> dict[str, str]:
     """sha256 of every YAML file that a command's arguments name, with what it is based on."""
-    texts = [str(text) for step in system.definition.get("steps", ()) for text in step]
-    paths = [text for text in texts if text.endswith((".yaml", ".yml")) and Path(text).is_file()]
-    return {path: _sha256(read_config(path)) for path in paths}
+    paths = [text for text in arguments if text.endswith((".yaml", ".yml"))]
+    return {path: _sha256(read_config(path)) for path in paths if Path(path).is_file()}
 
 
 def _sha256(content: Any) -> str:
@@ -262,15 +262,13 @@ def _start(cell: Cell, suite: Suite, cohort: Cohort, out: Path) -> subprocess.Po
     if cell.control and arguments is None:
         path, content_hash = _control_folder(cell, suite, cohort, out)
         split = dataclasses.replace(split, cohort_hash=content_hash)
-    split_path = out / "splits" / f"{split.hash[:16]}.json"
-    if not split_path.is_file():
-        split.save(split_path)
+    split_path = _saved(split, out)
     content = {
         **{name: getattr(cell.system, name) for name in ("name", "kind", "definition")},
         **{"control": cell.control, "arguments": arguments or []},
         **{"cohort": path, "split": split_path, "fold": cell.fold, "seed": cell.seed},
         **{"target": cell.target, "targets": [cell.target] if cell.target else suite.targets},
-        "scheme": split.scheme,
+        **{"scheme": split.scheme, "shared": _shared(cell, suite, cohort, out, path, split_path)},
     }
     write_json(folder / "cell.json", content)
     command = [sys.executable, "-m", "cortexicon.training.benchmark_cell", str(folder)]
@@ -281,6 +279,34 @@ def _start(cell: Cell, suite: Suite, cohort: Cohort, out: Path) -> subprocess.Po
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+
+
+def _shared(
+    cell: Cell, suite: Suite, cohort: Cohort, out: Path, path: Path, split_path: Path
+) -> dict[str, Any] | None:
+    """Folder, cohort and split of the shared steps, None for a system without any.
+
+    They read no labels, so they are the same where labels are permuted, and run on the true cohort.
+    """
+    steps = cell.system.definition.get("shared")
+    if not steps:
+        return None
+    arguments = [str(text) for step in steps for text in step]
+    if cell.control == "permuted labels" and path != suite.cohort:
+        path, split_path = suite.cohort, _saved(cell.split, out)
+    changed = "" if path == suite.cohort else cell.control
+    seed = cell.seed if changed or any("{seed}" in text for text in arguments) else 0
+    content = [steps, _configurations(arguments), cohort.content_hash, changed]
+    name = _sha256([*content, cell.split.hash, cell.fold, seed])[:16]
+    return {"folder": out / "shared" / name, "cohort": path, "split": split_path}
+
+
+def _saved(split: Split, out: Path) -> Path:
+    """The file of a split in RESULTS."""
+    path = out / "splits" / f"{split.hash[:16]}.json"
+    if not path.is_file():
+        split.save(path)
+    return path
 
 
 def _control_folder(cell: Cell, suite: Suite, cohort: Cohort, out: Path) -> tuple[Path, str]:

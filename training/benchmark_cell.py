@@ -4,8 +4,12 @@
 predictions in FOLDER/predictions and what they cost in FOLDER/outcome.json. A command that ends in
 an error leaves an outcome too: a failure is a result. A kill leaves none; run again, the steps that
 had ended are not repeated, and the one that was under way gets `{resume}` as `true`.
+
+Steps that a system shares with others (`shared` of the suite) run in a folder of their own, once.
+What they cost is part of what every cell that needs them costs.
 """
 
+import fcntl
 import json
 import resource
 import signal
@@ -22,9 +26,12 @@ STANDARD = "standard"
 #: An argument of its own, replaced by the arguments of the control that is run (usually none).
 CONTROL_ARGUMENT = "{control}"
 LAST_LINES = 5
+CHILDREN = resource.RUSAGE_CHILDREN
 HARMONISED = {False: (False,), True: (True,), "both": (False, True)}
 #: Tokens a scan of the plain tokenizers (series: per window of 160 s).
 TOKENS = {"connectivity_tokens": 64, "series_tokens": 128}
+#: Draws of the standard rows' permuted labels in every cell.
+PERMUTATIONS = 20
 
 
 def main(argv: list[str]) -> int:
@@ -32,19 +39,44 @@ def main(argv: list[str]) -> int:
     folder = Path(argv[0])
     cell = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
     (folder / "predictions").mkdir(exist_ok=True)
+    shared = {"seconds": 0.0, "peak_memory_mb": 0}
     start, before = time.monotonic(), _seconds_before(folder)
     try:
+        if cell.get("shared"):
+            shared = run_shared(cell)
+            start = time.monotonic()
         cost = run_baseline(cell, folder) if cell["kind"] == "baseline" else run_steps(cell, folder)
         outcome: dict[str, Any] = {"status": "finished", "cost": cost}
     except (ValueError, ArithmeticError, subprocess.CalledProcessError) as error:
         outcome = {"status": "failed", "error": _told(error)}
-    usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    outcome["seconds"] = round(before + time.monotonic() - start, 3)
-    # Kilobytes on Linux. A command's memory is its own, not that of this process that waits for it.
-    peak = usage[0 if cell["kind"] == "baseline" else 1].ru_maxrss
-    outcome["peak_memory_mb"] = round(peak / (2**20 if sys.platform == "darwin" else 2**10))
+    # A command's memory is its own, not that of this process that waits for it.
+    peak = _peak_memory(resource.RUSAGE_SELF if cell["kind"] == "baseline" else CHILDREN)
+    outcome["seconds"] = round(shared["seconds"] + before + time.monotonic() - start, 3)
+    outcome["peak_memory_mb"] = max(shared["peak_memory_mb"], peak)
     write_json(folder / "outcome.json", outcome)
     return 0
+
+
+def run_shared(cell: dict[str, Any]) -> dict[str, Any]:
+    """Run the shared steps if nobody has yet, or wait for who does; what they cost."""
+    folder = Path(cell["shared"]["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "cost.json"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.is_file():
+            start, before = time.monotonic(), _seconds_before(folder)
+            run_commands(cell["definition"]["shared"], {**cell, **cell["shared"]}, folder)
+            seconds = round(before + time.monotonic() - start, 3)
+            write_json(path, {"seconds": seconds, "peak_memory_mb": _peak_memory(CHILDREN)})
+    cost: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return cost
+
+
+def _peak_memory(who: int) -> int:
+    """Largest resident memory in MB; `ru_maxrss` counts kilobytes on Linux."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return round(resource.getrusage(who).ru_maxrss / unit)
 
 
 def run_baseline(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -58,7 +90,7 @@ def run_baseline(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     definition = cell["definition"]
     where = (cohort, fold, cell["targets"], folder / "predictions")
     if definition["features"] == STANDARD:
-        run_baselines(*where, fold=cell["fold"], seed=cell["seed"])
+        run_baselines(*where, fold=cell["fold"], seed=cell["seed"], permutations=PERMUTATIONS)
         return {}
     run_connectivity(
         *where,
@@ -72,14 +104,21 @@ def run_baseline(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def run_steps(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Run the commands one after the other; what they wrote to `{cost}`.
+    """Run the cell's own commands; what they wrote to `{cost}`."""
+    run_commands(cell["definition"]["steps"], cell, folder)
+    cost = folder / "cost.json"
+    return json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
+
+
+def run_commands(steps: list[list[str]], cell: dict[str, Any], folder: Path) -> None:
+    """Run commands one after the other, those in FOLDER that ended before left out.
 
     Raises
     ------
     CalledProcessError
         A command ended with an error; its last lines are in `output`.
     """
-    for number, step in enumerate(cell["definition"]["steps"]):
+    for number, step in enumerate(steps):
         done, begun = folder / f"step{number}.done", folder / f"step{number}.begun"
         if done.exists():
             continue
@@ -99,8 +138,6 @@ def run_steps(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
             lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
             raise subprocess.CalledProcessError(code, argv, "\n".join(lines[-LAST_LINES:]))
         done.touch()
-    cost = folder / "cost.json"
-    return json.loads(cost.read_text(encoding="utf-8")) if cost.is_file() else {}
 
 
 def filled(step: list[str], cell: dict[str, Any], folder: Path, resume: bool = False) -> list[str]:
@@ -117,6 +154,7 @@ def filled(step: list[str], cell: dict[str, Any], folder: Path, resume: bool = F
         "out": folder / "predictions" / "predictions.csv",
         "predictions": folder / "predictions",
         "run": folder / "run",
+        "shared": Path((cell.get("shared") or {}).get("folder", folder)) / "run",
         "cost": folder / "cost.json",
         "resume": "true" if resume and any(folder.glob("run/*")) else "false",
     }

@@ -148,7 +148,7 @@ def cell_rows(
                 f"found {len(strangers)} others, the first {', '.join(strangers[:3]) or part}."
             )
     rows = _with_truth(rows, cohort, check=not cell.control)
-    rows["seed"] = cell.seed
+    rows["seed"] = _seeds(rows, cell.seed)
     if cell.system.kind == "command":
         name = cell.system.name
         rows["system"] = f"{name}: {cell.control}" if cell.control else name
@@ -186,7 +186,12 @@ def outside_rows(
             "Use the split file of this benchmark (RESULTS/splits)."
         )
     rows = _with_truth(rows, cohort, check=True)
-    return rows.assign(system=system.name, seed=0)
+    return rows.assign(system=system.name, seed=_seeds(rows, 0))
+
+
+def _seeds(rows: pd.DataFrame, seed: int) -> list[str]:
+    """The cell's seed, and behind it the draw where a file holds several."""
+    return [f"{seed}.{draw}" if draw else str(seed) for draw in rows["draw"]]
 
 
 def _with_truth(rows: pd.DataFrame, cohort: Cohort, check: bool) -> pd.DataFrame:

@@ -20,12 +20,14 @@ SUITE_KEYS = ("title", "cohort", "targets", "seeds", "splits", "systems", "num_r
 SPLIT_KEYS = ("scheme", "num_folds", "seed", "file", "part", "folds")
 SYSTEM_KEYS = {
     "baseline": ("name", "kind", "features", "harmonised", "seen"),
-    "command": ("name", "kind", "steps", "controls", "ranked", "reason", "seen", "what"),
+    "command": ("name", "kind", "shared", "steps", "controls", "ranked", "reason", "seen", "what"),
     "file": ("name", "kind", "files", "ranked", "reason", "seen", "what"),
 }
+#: What `shared` steps are given; the others belong to one cell.
+SHARED_PLACEHOLDERS = ("cohort", "split", "fold", "seed", "shared", "resume")
 PLACEHOLDERS = (
-    *("cohort", "split", "fold", "seed", "target", "targets"),
-    *("out", "predictions", "run", "cost", "resume"),
+    *(*SHARED_PLACEHOLDERS, "target", "targets"),
+    *("out", "predictions", "run", "cost"),
 )
 #: Whether a system met the test subjects before: stated, since nobody can see it in predictions.
 SEEN = ("unseen", "seen", "unknown")
@@ -81,8 +83,13 @@ class System(NamedTuple):
 
     def uses(self, placeholder: str) -> bool:
         """Whether a command holds a placeholder, as `{seed}`."""
-        steps = self.definition.get("steps", ())
-        return any(placeholder in fields_of(text) for step in steps for text in step)
+        return any(placeholder in fields_of(text) for text in self.arguments)
+
+    @property
+    def arguments(self) -> list[str]:
+        """All arguments of all its commands, the shared ones first."""
+        steps = [*self.definition.get("shared", ()), *self.definition.get("steps", ())]
+        return [str(text) for step in steps for text in step]
 
 
 class Suite(NamedTuple):
@@ -179,7 +186,9 @@ def _system(entry: Any, path: Path) -> System:
     if kind == "baseline":
         _check_baseline(entry, where)
     if kind == "command":
-        _check_steps(entry["steps"], where)
+        _check_steps(entry["steps"], where, PLACEHOLDERS)
+        if "shared" in entry:
+            _check_steps(entry["shared"], f"{where}, shared", SHARED_PLACEHOLDERS)
     ranked, reason = bool(entry.get("ranked", True)), str(entry.get("reason", ""))
     if ranked == bool(reason):
         raise TrainingError(f"{where}: `ranked: false` needs a `reason`, and only that does.")
@@ -212,7 +221,7 @@ def _check_baseline(entry: dict[str, Any], where: str) -> None:
         raise TrainingError(f"{where}: the standard rows are in every suite; leave them out here.")
 
 
-def _check_steps(steps: Any, where: str) -> None:
+def _check_steps(steps: Any, where: str, placeholders: Sequence[str]) -> None:
     if not isinstance(steps, list) or not steps or not all(isinstance(s, list) for s in steps):
         raise TrainingError(f"{where}: steps must be a list of commands, each a list of arguments.")
     for step in steps:
@@ -223,11 +232,11 @@ def _check_steps(steps: Any, where: str) -> None:
                 raise TrainingError(
                     f"{where}: {text!r}: {error}; write {{{{ for a brace."
                 ) from None
-            unknown = [field for field in fields if field not in PLACEHOLDERS]
+            unknown = [field for field in fields if field not in placeholders]
             if unknown:
                 raise TrainingError(
                     f"{where}: unknown placeholder {unknown[0]!r} in {text!r}; known are "
-                    f"{', '.join(PLACEHOLDERS)}, and {CONTROL_ARGUMENT} as an argument of its own."
+                    f"{', '.join(placeholders)}, and {CONTROL_ARGUMENT} as an argument of its own."
                 )
 
 

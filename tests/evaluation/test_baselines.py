@@ -51,6 +51,21 @@ def test_connectivity_sees_the_planted_age_and_permuted_labels_do_not(scored):
         assert systems[PERMUTED]["mae"] > 0.85 * systems[MEDIAN]["mae"]
 
 
+def test_permuted_labels_are_drawn_as_often_as_asked(cohort, fold, tmp_path):
+    files = run_baselines(cohort, fold, ["age", "sex"], tmp_path, permutations=3)
+    rows = read_predictions(files)
+    mine = rows[(rows["system"] == PERMUTED) & (rows["target"] == "sex")]
+    assert set(mine["draw"]) == {"0", "1", "2"}
+    assert set(rows.loc[rows["system"] != PERMUTED, "draw"]) == {""}
+    wide = mine.pivot(index="subject_id", columns="draw", values="score")
+    assert wide.notna().all(axis=None)
+    assert not np.allclose(wide["0"], wide["1"])
+    truth = mine.groupby("subject_id")["y"].nunique()
+    assert (truth == 1).all()
+    with pytest.raises(EvaluationError, match="was fitted 3 times"):
+        score_clinical(files)
+
+
 def test_median_and_site_mean_by_hand(scored, cohort, fold):
     rows = read_predictions(scored[0])
     table = cohort.participants

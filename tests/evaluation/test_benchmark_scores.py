@@ -86,6 +86,37 @@ def test_a_subject_that_one_seed_lacks_does_not_count_and_an_invalid_answer_is_t
     assert scores["mae"] > score_view(rows, told, 20)["age"]["systems"]["good"]["mae"]
 
 
+def test_a_control_drawn_once_may_fail_by_chance_and_the_interval_over_draws_knows_it():
+    """Every draw tells the classes by luck, each its own way: no draw is news about the system."""
+    generator = np.random.default_rng(4)
+    y = np.where(generator.random(300) < 0.4, "F", "M")
+    truth = (y == "M").astype(float)
+    luck = np.array([0.7, -0.8, 0.6, -0.5, 0.9, -0.7, 0.4, -0.6])
+    scores = [strength * truth + generator.normal(size=300) for strength in luck]
+    answers = [(np.full(300, "M"), score, np.nan) for score in scores]
+    leaking = [(np.full(300, "M"), np.abs(s) * truth, np.nan) for s in scores]
+    systems = {
+        MAJORITY: [(np.full(300, "M"), 0.0, np.nan)] * 8,
+        "once": answers[:1],
+        "often": answers,
+        "leak": leaking,
+    }
+    told = facts(*systems, once={"control": "x"}, often={"control": "x"}, leak={"control": "x"})
+    controls = score_view(table("sex", y, systems), told, 300)["sex"]["controls"]
+    assert controls["once"]["passes"] is False
+    assert controls["often"]["passes"] is True
+    low, high = controls["often"]["auc_interval"]
+    by_draw = [
+        score_view(table("sex", y, {MAJORITY: systems[MAJORITY], "often": [a]}), told, 20)["sex"][
+            "systems"
+        ]["often"]["auc"]
+        for a in answers
+    ]
+    error = np.std(by_draw, ddof=1) / np.sqrt(len(by_draw))
+    assert 2.5 * error < high - low < 6 * error
+    assert controls["leak"]["passes"] is False
+
+
 def test_classes():
     generator = np.random.default_rng(1)
     y = np.where(generator.random(90) < 0.4, "ASD", "control")

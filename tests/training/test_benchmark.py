@@ -17,7 +17,7 @@ import yaml
 from cortexicon import cli
 from cortexicon.cohorts import build_cohort, load_cohort, make_split, save_cohort
 from cortexicon.training.arguments import TrainingError
-from cortexicon.training.benchmark_cell import filled
+from cortexicon.training.benchmark_cell import PERMUTATIONS, filled
 from cortexicon.training.benchmark_controls import control_cohort
 from cortexicon.training.benchmark_suite import read_suite
 
@@ -161,6 +161,7 @@ def test_a_prompt_whose_number_of_tokens_tells_the_length_of_the_scan_fails_its_
     assert age["systems"]["leaky tokens: noise scan"]["mae"] < 4
     assert age["systems"]["cohort median"]["mae"] > 8
     assert age["controls"]["permuted labels (control)"]["passes"] is True
+    assert age["systems"]["permuted labels (control)"]["num_seeds"] == PERMUTATIONS
     page = (benchmark.out / "report.html").read_text()
     assert "Controls that fail; do not believe" in page
     assert "leaky tokens: noise scan (age, held-out subjects)" in page
@@ -261,6 +262,44 @@ def test_a_killed_benchmark_goes_on(cohort_folder, tmp_path, repository):
     assert "ended as planned" in outcome.read_text()
 
 
+def test_shared_steps_run_once_on_the_true_cohort_and_every_cell_pays_for_them(
+    cohort_folder, tmp_path
+):
+    """A system and its permuted labels share a codec; noise in place of scans needs its own."""
+    script = tmp_path / "codec.py"
+    script.write_text(
+        "import sys, time, pathlib\n"
+        "shared, cohort = map(pathlib.Path, sys.argv[1:])\n"
+        "shared.mkdir(); time.sleep(0.4)\n"
+        "(shared / 'cohort.txt').write_text(str(cohort.resolve()))\n"
+    )
+    reader = tmp_path / "reader.py"
+    reader.write_text(f"import sys; open(sys.argv.pop(1) + '/cohort.txt')\n{SYSTEM}")
+    entry = {
+        **{"kind": "command", "shared": [["python", str(script), "{shared}", "{cohort}"]]},
+        **{"steps": [["python", str(reader), "{shared}", *ARGUMENTS, "fixed"]]},
+    }
+    systems = [
+        {"name": "one", **entry, "controls": ["permuted labels", "noise scan"]},
+        {"name": "two", **entry},
+    ]
+    suite = write_suite(tmp_path / "suite.yaml", cohort_folder, systems)
+    out = tmp_path / "results"
+    assert run(suite, out, "--only", "one", "two", "--jobs", "2") == 0
+    cells = [json.loads(path.read_text()) for path in out.glob("cells/*/cell.json")]
+    folders = {(cell["name"], cell["control"]): cell["shared"]["folder"] for cell in cells}
+    assert folders["one", ""] == folders["one", "permuted labels"] == folders["two", ""]
+    assert folders["one", "noise scan"] != folders["one", ""]
+    read = {Path(path, "run/cohort.txt").read_text() for path in folders.values()}
+    assert read == {
+        str(Path(cohort_folder).resolve()),
+        *(str(path.resolve()) for path in out.glob("cohorts/noise_scan-*")),
+    }
+    outcomes = [json.loads(path.read_text()) for path in out.glob("cells/*/outcome.json")]
+    assert len(outcomes) == 4
+    assert all(outcome["seconds"] > 0.4 for outcome in outcomes)
+
+
 @pytest.fixture(scope="module")
 def cohort(cohort_folder):
     return load_cohort(cohort_folder)
@@ -296,6 +335,7 @@ GOOD = {"name": "a", "kind": "command", "steps": [["python", "{out}"]]}
     [
         ({"steps": [["python", "{outt}"]]}, "unknown placeholder 'outt'"),
         ({"steps": ["python {out}"]}, "each a list of arguments"),
+        ({"shared": [["python", "{out}"]]}, "shared: unknown placeholder 'out'"),
         ({"steps": [["python", "{out"]]}, "for a brace"),
         ({"kind": "magic"}, "kind of baseline, command, file"),
         ({"files": []}, "unknown: files"),
