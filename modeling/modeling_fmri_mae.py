@@ -161,11 +161,16 @@ class FMRIMAEModel(PreTrainedModel):
         self.decoder_norm = nn.LayerNorm(narrow, eps=config.layer_norm_eps)
         self.head_in = nn.Linear(narrow, narrow // 2)
         self.head_out = nn.Linear(narrow // 2, config.patch_length)
-        self.heads = nn.ModuleList(
-            nn.Linear(config.feature_width, len(target.get("classes") or [0]))
-            for target in config.targets or []
-        )
+        self.set_targets(config.targets)
         self.post_init()
+
+    def set_targets(self, targets):
+        """Give the model untrained heads for `targets` (see `FMRIMAEConfig`) in place of its own."""
+        self.config.targets = targets
+        self.heads = nn.ModuleList(
+            nn.Linear(self.config.feature_width, len(target.get("classes") or [0]))
+            for target in targets or []
+        )
 
     def _blocks(self, count, width, heads, intermediate):
         if self.config.block == "transformer":

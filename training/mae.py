@@ -4,6 +4,7 @@ The run in one look: every step takes one window from each of `batch_size` train
 75 % of its region x patch tokens, and scores how they are filled. Then the encoder is frozen,
 features of `windows_per_scan` windows are averaged, and one ridge regression per target is fitted
 on training and validation subjects (its penalty by inner folds, as the connectivity baselines).
+With `encoder`, one trained before is read out and nothing else is trained.
 """
 
 import sys
@@ -19,7 +20,7 @@ from cortexicon.inference.predict import window_starts
 from cortexicon.modeling import FMRIMAEConfig, FMRIMAEModel
 from cortexicon.tokenization import AVQFeatureExtractor
 
-from .answers import permuted_labels, write_cost, write_table
+from .answers import others_of, permuted_labels, write_cost, write_table
 from .arguments import TrainingError, load_arguments
 from .callbacks import Run, TrainingLog, begin_run, learning_rate_at, remove_state, write_run_facts
 from .collators import (
@@ -34,7 +35,7 @@ from .faults import StepGuard, written_whole
 from .heads import fit_head, head_rows
 from .prompts import checked_targets
 
-CONTROLS = ("none", "permuted_labels")
+CONTROLS = ("none", "permuted_labels", "other_subject")
 
 
 @dataclass
@@ -47,6 +48,7 @@ class MAEArguments:
     targets: list = field(default_factory=list)
     fold: int = 0
     model: dict = field(default_factory=dict)
+    encoder: str = ""
     system: str = "masked autoencoder"
     control: str = "none"
     predictions: str = ""
@@ -81,6 +83,17 @@ def build_model(arguments: MAEArguments, cohort: Cohort, targets) -> FMRIMAEMode
             **arguments.model,
         )
     )
+
+
+def load_encoder(folder: str, targets: list) -> FMRIMAEModel:
+    """A model of an earlier run, with untrained heads for the targets."""
+    if not (Path(folder) / "model.safetensors").is_file():
+        raise TrainingError(
+            f"{folder} holds no masked autoencoder. Train it first, without encoder."
+        )
+    model = FMRIMAEModel.from_pretrained(folder)
+    model.set_targets(targets)
+    return model
 
 
 @torch.inference_mode()
@@ -146,7 +159,11 @@ def train(arguments: MAEArguments, run: Run) -> int:
     cohort, split, parts = load_fold(arguments)
     fitted = parts["train"] + parts["validation"]
     targets = checked_targets(arguments.targets, cohort.participants.loc[fitted])
-    model = build_model(arguments, cohort, targets)
+    if arguments.encoder:
+        model = load_encoder(arguments.encoder, targets)
+        arguments.max_steps = 0
+    else:
+        model = build_model(arguments, cohort, targets)
     if accelerator.device.type == "cpu":  # see modeling/layers_avq.py, eager_attention
         model.set_attn_implementation("eager")
     config = model.config
@@ -265,7 +282,7 @@ def read_out(
     """Fit the heads into the model, and write what they say of the held-out subjects."""
 
     def features(subjects: list[str], name: str) -> tuple[list[str], np.ndarray]:
-        return pooled_features(
+        subjects, rows = pooled_features(
             model,
             extractor,
             cohort,
@@ -274,6 +291,10 @@ def read_out(
             name,
             arguments.mixed_precision,
         )
+        if arguments.control == "other_subject":
+            others = others_of(subjects, arguments.seed)
+            rows = rows[[subjects.index(others[subject]) for subject in subjects]]
+        return subjects, rows
 
     people = cohort.participants
     subjects, rows = features(parts["train"] + parts["validation"], "training")

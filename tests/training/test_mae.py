@@ -159,3 +159,24 @@ def test_classes_weigh_the_same():
     found = np.array(["F", "M"])[scores.argmax(1)]
     assert (found[90:] == "F").mean() > 0.7
     assert (found[:90] == "M").mean() > 0.7
+
+
+def test_an_encoder_of_an_earlier_run_is_read_out_as_it_was(values, tmp_path):
+    start(tmp_path, values)
+    later = {**values, "encoder": str(tmp_path / "mae"), "model": {}, "resume": True}
+    tables = {}
+    for control in ("none", "other_subject"):
+        folder = tmp_path / f"read_{control}"
+        start(tmp_path, {**later, "output": str(folder), "control": control})
+        tables[control] = pd.read_csv(folder / "predictions.csv")
+        again = load_file(folder / "model.safetensors")
+        whole = load_file(tmp_path / "mae" / "model.safetensors")
+        assert all(torch.equal(whole[n], again[n]) for n in whole if not n.startswith("heads."))
+    whole = pd.read_csv(tmp_path / "mae" / "predictions.csv")
+    pd.testing.assert_frame_equal(tables["none"], whole)
+    # Everybody answers for somebody else: the same features, dealt out.
+    assert not np.allclose(
+        tables["other_subject"]["y_hat"][:8].astype(float), whole["y_hat"][:8].astype(float)
+    )
+    with pytest.raises(TrainingError, match="holds no masked autoencoder"):
+        start(tmp_path, {**later, "output": str(tmp_path / "x"), "encoder": str(tmp_path / "no")})
