@@ -174,9 +174,8 @@ def test_an_encoder_of_an_earlier_run_is_read_out_as_it_was(values, tmp_path):
         assert all(torch.equal(whole[n], again[n]) for n in whole if not n.startswith("heads."))
     whole = pd.read_csv(tmp_path / "mae" / "predictions.csv")
     pd.testing.assert_frame_equal(tables["none"], whole)
-    # Everybody answers for somebody else: the same features, dealt out.
-    assert not np.allclose(
-        tables["other_subject"]["y_hat"][:8].astype(float), whole["y_hat"][:8].astype(float)
-    )
+    # Everybody answers for somebody else.
+    ages = [table[table["target"] == "age"]["y_hat"].astype(float) for table in tables.values()]
+    assert not np.allclose(*ages)
     with pytest.raises(TrainingError, match="holds no masked autoencoder"):
         start(tmp_path, {**later, "output": str(tmp_path / "x"), "encoder": str(tmp_path / "no")})
