@@ -13,8 +13,9 @@ import pandas as pd
 
 from .baselines import DESCRIPTIONS
 from .rendering import Picture
-from .rendering_benchmark import draw_benchmark, plain_baseline, shown_name
+from .rendering_benchmark import draw_benchmark
 from .rendering_clinical import UNITS
+from .rendering_systems import plain_baseline, shown_name
 from .report_tables import number, percent
 from .results import read_json
 
@@ -273,6 +274,7 @@ def _control_rows(results: Mapping[str, Any]) -> list[dict[str, str]]:
                 rows.append(
                     {
                         **{"name": name, "view": view, "target": target},
+                        "draws": str(scored["systems"][name]["num_seeds"]),
                         "figure": "AUC" if figure == "auc" else "MAE minus the median's",
                         "value": f"{cell['value']} [{cell['interval']}]",
                         "verdict": {True: "passes", False: "FAILS", None: "unknown"}[passes],

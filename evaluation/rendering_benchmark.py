@@ -12,9 +12,8 @@ import pandas as pd
 
 from .baselines import DESCRIPTIONS
 from .benchmark_scores import answers_of
-from .clinical import CLASS_REFERENCE, NUMERIC_FLOOR, NUMERIC_REFERENCE
+from .clinical import NUMERIC_FLOOR
 from .rendering import (
-    BLUE,
     DOTS_PER_INCH,
     FAINT,
     GREY,
@@ -22,39 +21,26 @@ from .rendering import (
     ORANGE,
     PALETTE,
     STYLE,
-    VERMILION,
     Picture,
     finish,
     new_figure,
 )
 from .rendering_clinical import with_unit
+from .rendering_systems import (
+    REFERENCES,
+    colour_of,
+    draw_calibration,
+    draw_distributions,
+    draw_scatter,
+    known,
+    plain_baseline,
+    shown_name,
+)
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REFERENCES = (NUMERIC_REFERENCE, CLASS_REFERENCE)
-COLUMNS = 4
 SITE_SYSTEMS = 4
-NOT_RANKED = " (not ranked)"
-
-
-def shown_name(name: str, facts: Mapping[str, Any]) -> str:
-    """A system's name, marked where it is never ranked."""
-    return name if facts[name]["ranked"] else name + NOT_RANKED
-
-
-def plain_baseline(name: str, facts: Mapping[str, Any]) -> bool:
-    """Whether a row is the median, a control and the like, or a fitted baseline of ours."""
-    return facts[name]["kind"] == "baseline"
-
-
-def _colour(name: str, facts: Mapping[str, Any]) -> str:
-    if name in REFERENCES:
-        return ORANGE
-    if facts[name]["control"]:
-        return VERMILION
-    return GREY if plain_baseline(name, facts) else BLUE
 
 
 def draw_benchmark(
@@ -98,8 +84,8 @@ def _drawings(
     scored: dict[str, Any], rows: pd.DataFrame, target: str, facts: Mapping[str, Any]
 ) -> list[Drawing]:
     marks = (
-        "Orange: the connectivity baseline. Grey: other baselines. Blue: models. Red: controls. "
-        "Hollow: never ranked."
+        "Orange: the connectivity baseline. Grey: other baselines. Blue: models. Hollow: never "
+        "ranked. Dotted: the median, or chance."
     )
     drawings: list[Drawing] = [
         (
@@ -107,7 +93,14 @@ def _drawings(
             "All systems",
             f"The same subjects, best first, 95 % intervals over subjects. {marks}",
             partial(draw_systems, scored, target, facts),
-        )
+        ),
+        (
+            "controls",
+            "Controls",
+            "Trained and tested like their systems, on labels or scans that say nothing about the "
+            "subject. An interval that reaches the dotted line (the median, or chance) passes.",
+            partial(draw_controls, scored, target, facts),
+        ),
     ]
     if scored["kind"] == "number":
         answers = answers_of(rows, numeric=True)
@@ -152,7 +145,7 @@ def _drawings(
             "cost",
             "Cost against accuracy",
             "Seconds for one fold, fitting and prediction, on the machine of this run. "
-            "The area of a point grows with the peak of memory.",
+            "The area of a point grows with the peak of memory. Hollow: never ranked.",
             partial(draw_cost, scored, target, facts),
         ),
     ]
@@ -171,11 +164,6 @@ def _picture(
     return Picture(name, title, caption, path)
 
 
-def _known(value: Any) -> bool:
-    """Whether a number is there; results.json holds None for one that is not finite."""
-    return value is not None and bool(np.isfinite(value))
-
-
 def _score_key(scored: Mapping[str, Any]) -> str:
     return "mae" if scored["kind"] == "number" else "auc"
 
@@ -183,7 +171,7 @@ def _score_key(scored: Mapping[str, Any]) -> str:
 def _interval(scores: Mapping[str, Any], key: str) -> tuple[float, float]:
     """The score's interval, or the score itself twice."""
     low, high = scores[f"{key}_interval"]
-    return (low, high) if _known(low) and _known(high) else (scores[key], scores[key])
+    return (low, high) if known(low) and known(high) else (scores[key], scores[key])
 
 
 def _score_label(scored: Mapping[str, Any], target: str) -> str:
@@ -194,18 +182,29 @@ def _score_label(scored: Mapping[str, Any], target: str) -> str:
 
 
 def draw_systems(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
-    """Every system's score with its interval: ranked ones, then unranked ones, then controls."""
+    """Every system's score with its interval: ranked ones, then unranked ones."""
+    names = [*scored["ranking"], *scored["unranked"]]
+    title = f"{target}, n = {scored['num_subjects']}"
+    return _forest(scored, names, target, facts, title)
+
+
+def draw_controls(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
+    """Every control's score with its interval, those of one system together."""
+    names = sorted(scored["controls"], key=lambda name: (facts[name]["control_of"], name))
+    return _forest(scored, names, target, facts, f"controls of {target}")
+
+
+def _forest(
+    scored: dict[str, Any], names: list[str], target: str, facts: Mapping[str, Any], title: str
+) -> Figure | None:
+    """Scores and intervals, one row each; a dotted line where nothing is known of a subject."""
     key = _score_key(scored)
-    names = [
-        name
-        for name in (*scored["ranking"], *scored["unranked"], *scored["controls"])
-        if _known(scored["systems"][name].get(key))
-    ]
+    names = [name for name in names if known(scored["systems"][name].get(key))]
     if not names:
         return None
     figure, ((panel,),) = new_figure(1.1 + 0.27 * len(names))
     for row, name in enumerate(names):
-        scores, colour = scored["systems"][name], _colour(name, facts)
+        scores, colour = scored["systems"][name], colour_of(name, facts)
         low, high = _interval(scores, key)
         panel.plot([low, high], [row, row], color=colour, linewidth=2.2, alpha=0.5)
         face = colour if facts[name]["ranked"] else "white"
@@ -223,107 +222,29 @@ def draw_systems(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) 
     floor = scored["systems"].get(NUMERIC_FLOOR, {}).get("mae") if key == "mae" else 0.5
     if floor is not None:
         panel.axvline(floor, color=INK, linewidth=0.8, linestyle=":")
-    for border in (len(scored["ranking"]), len(scored["ranking"]) + len(scored["unranked"])):
-        if 0 < border < len(names):
-            panel.axhline(border - 0.5, color=FAINT, linewidth=1.0)
+    ranked = sum(facts[name]["ranked"] for name in names)
+    if 0 < ranked < len(names) and facts[names[-1]]["ranked"] is False:
+        panel.axhline(ranked - 0.5, color=FAINT, linewidth=1.0)
     panel.set_yticks(range(len(names)), [shown_name(name, facts) for name in names])
     panel.set_ylim(len(names) - 0.5, -0.6)
     panel.margins(x=0.08)
-    finish(panel, f"{target}, n = {scored['num_subjects']}", _score_label(scored, target), "")
+    finish(panel, title, _score_label(scored, target), "")
     panel.grid(axis="y", visible=False)
-    return figure
-
-
-def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure, axes = new_figure(0.3 + height * rows, rows, columns, sharex=True)
-    flat = list(axes.ravel())
-    for unused in flat[count:]:
-        unused.set_visible(False)
-    return figure, flat[:count]
-
-
-def _wrapped(text: str, width: int = 26) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
-
-
-def draw_distributions(
-    answers: Mapping[str, Any], target: str, facts: Mapping[str, Any]
-) -> Figure | None:
-    """Histogram of each system's predictions over that of the true values."""
-    if not answers:
-        return None
-    everything = np.concatenate([np.r_[a.y, a.y_hat.ravel()] for a in answers.values()])
-    bins = np.linspace(everything.min(), everything.max() + 1e-9, 31).tolist()
-    figure, panels = _grid(len(answers), 1.9)
-    for panel, (name, mine) in zip(panels, answers.items(), strict=True):
-        panel.hist(mine.y, bins, color=FAINT, label=f"true, SD {mine.y.std():.1f}")
-        seeds = mine.y_hat.shape[1]
-        panel.hist(
-            mine.y_hat.ravel(),
-            bins,
-            weights=np.full(mine.y_hat.size, 1 / seeds),
-            histtype="step",
-            linewidth=1.5,
-            color=_colour(name, facts),
-            label=f"predicted, SD {mine.y_hat.std():.1f}",
-        )
-        tallest = float(np.histogram(mine.y, bins)[0].max())
-        peak = float(np.histogram(mine.y_hat, bins)[0].max()) / seeds
-        # A narrow peak may leave the panel, or the true distribution would be flat.
-        panel.set_ylim(0, 1.45 * max(tallest, min(peak, 2.0 * tallest)))
-        finish(panel, _wrapped(shown_name(name, facts)), "", "")
-        panel.title.set_fontsize(8)
-        panel.legend(fontsize=6.5, loc="upper right", handlelength=1.0)
-    figure.supxlabel(with_unit(target), fontsize=9)
-    figure.supylabel("subjects", fontsize=9)
-    return figure
-
-
-def draw_scatter(
-    answers: Mapping[str, Any], target: str, facts: Mapping[str, Any]
-) -> Figure | None:
-    """Predicted against true, with the line of exact prediction."""
-    if not answers:
-        return None
-    everything = np.concatenate([np.r_[a.y, a.y_hat.ravel()] for a in answers.values()])
-    ends = np.array([everything.min(), everything.max()])
-    ends = ends + np.array([-0.04, 0.04]) * np.ptp(ends)
-    figure, panels = _grid(len(answers), 2.4)
-    for panel, (name, mine) in zip(panels, answers.items(), strict=True):
-        panel.plot(ends, ends, color=INK, linewidth=0.9, linestyle=":")
-        panel.scatter(
-            np.repeat(mine.y, mine.y_hat.shape[1]),
-            mine.y_hat.ravel(),
-            s=7,
-            color=_colour(name, facts),
-            alpha=0.4,
-            linewidths=0,
-        )
-        panel.set_xlim(ends)
-        panel.set_ylim(ends)
-        finish(panel, _wrapped(shown_name(name, facts)), "", "")
-        panel.title.set_fontsize(8)
-    figure.supxlabel(f"true {with_unit(target)}", fontsize=9)
-    figure.supylabel(f"predicted {with_unit(target)}", fontsize=9)
     return figure
 
 
 def draw_sites(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
     """A forest of sites: the best systems, the reference, and the site's own mean."""
     key, systems = _score_key(scored), scored["systems"]
-    known = [name for name in scored["ranking"] if systems[name].get("by_site")]
-    always = [name for name in (*REFERENCES, "site mean") if name in known]
-    models = [name for name in known if not plain_baseline(name, facts)]
-    best = [name for name in (*models, *known) if name not in always]
+    ranked = [name for name in scored["ranking"] if systems[name].get("by_site")]
+    always = [name for name in (*REFERENCES, "site mean") if name in ranked]
+    models = [name for name in ranked if not plain_baseline(name, facts)]
+    best = [name for name in (*models, *ranked) if name not in always]
     chosen = [*always, *dict.fromkeys(best)][: SITE_SYSTEMS + len(always) - 1]
     sizes: dict[str, int] = {}
     for name in chosen:
         for site, scores in systems[name]["by_site"].items():
-            if _known(scores.get(key)):
+            if known(scores.get(key)):
                 sizes[site] = max(sizes.get(site, 0), scores["num_subjects"])
     if not sizes:
         return None
@@ -340,7 +261,7 @@ def draw_sites(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) ->
             for row, site in enumerate(order)
             if site in systems[name]["by_site"]
         ]
-        drawn = [(row, s) for row, s in drawn if _known(s.get(key))]
+        drawn = [(row, s) for row, s in drawn if known(s.get(key))]
         for row, scores in drawn:
             panel.plot(_interval(scores, key), [row + offset] * 2, color=colour, linewidth=1.2)
         panel.plot(
@@ -360,51 +281,6 @@ def draw_sites(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) ->
     return figure
 
 
-def draw_calibration(
-    scored: dict[str, Any], target: str, facts: Mapping[str, Any]
-) -> Figure | None:
-    """Mean truth against mean prediction in groups of like prediction."""
-    systems = scored["systems"]
-    names = [
-        name
-        for name in (*scored["ranking"], *scored["unranked"])
-        if name in REFERENCES or name not in DESCRIPTIONS
-        if np.ptp(systems[name].get("calibration", {}).get("predicted", [0.0])) > 1e-9
-    ]
-    if not names:
-        return None
-    figure, ((panel,),) = new_figure(4.2)
-    colours = [colour for colour in PALETTE if colour != ORANGE]
-    points = np.concatenate(
-        [systems[n]["calibration"][side] for n in names for side in ("predicted", "true")]
-    )
-    ends = [points.min(), points.max()]
-    panel.plot(ends, ends, color=INK, linewidth=0.9, linestyle=":")
-    for place, name in enumerate(names):
-        calibration = systems[name]["calibration"]
-        figure_of_merit = (
-            f"slope {calibration['slope']:.2f}"
-            if _known(calibration.get("slope"))
-            else f"Brier {calibration.get('brier', np.nan):.3f}"
-        )
-        panel.plot(
-            calibration["predicted"],
-            calibration["true"],
-            marker="o",
-            markersize=3.5,
-            linewidth=1.0,
-            linestyle="-" if facts[name]["ranked"] else "--",
-            color=ORANGE if name in REFERENCES else colours[place % len(colours)],
-            label=f"{shown_name(name, facts)}: {figure_of_merit}",
-        )
-    number = scored["kind"] == "number"
-    x = f"mean predicted {with_unit(target)}" if number else "mean probability"
-    y = f"mean true {with_unit(target)}" if number else "share of the class that sorts last"
-    finish(panel, f"{target}", x, y, legend=False)
-    figure.legend(loc="outside right upper", fontsize=7)
-    return figure
-
-
 def draw_cost(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
     """Score against seconds of one fold; the point grows with the memory."""
     key, systems = _score_key(scored), scored["systems"]
@@ -412,13 +288,14 @@ def draw_cost(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> 
         name
         for name in (*scored["ranking"], *scored["unranked"])
         if facts[name].get("cost") and (name in REFERENCES or name not in DESCRIPTIONS)
-        if _known(systems[name].get(key))
+        if known(systems[name].get(key))
     ]
     if not names:
         return None
-    figure, ((panel,),) = new_figure(3.6)
-    for name in names:
-        cost, colour = facts[name]["cost"], _colour(name, facts)
+    figure, ((panel,),) = new_figure(max(3.6, 0.9 + 0.21 * len(names)))
+    # Many points lie close together: each has a number, and the list beside the panel its name.
+    for number, name in enumerate(names, 1):
+        cost, colour = facts[name]["cost"], colour_of(name, facts)
         panel.scatter(
             cost["seconds"],
             systems[name][key],
@@ -426,15 +303,19 @@ def draw_cost(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> 
             edgecolors=colour,
             facecolors=colour if facts[name]["ranked"] else "none",
             alpha=0.7,
+            label=f"{number}  {shown_name(name, facts)}: {cost['seconds']:,.0f} s, "
+            f"{cost['peak_memory_mb'] / 1024:.1f} GB",
         )
         panel.annotate(
-            shown_name(name, facts),
+            str(number),
             (cost["seconds"], systems[name][key]),
-            xytext=(8, 3),
+            xytext=(6, 4 if number % 2 else -9),
             textcoords="offset points",
-            fontsize=7,
+            fontsize=7.5,
         )
     panel.set_xscale("log")
-    panel.margins(x=0.25, y=0.15)
-    finish(panel, f"{target}", "seconds for one fold", _score_label(scored, target))
+    panel.margins(x=0.12, y=0.15)
+    title, label = f"{target}", _score_label(scored, target)
+    finish(panel, title, "seconds for one fold", label, legend=False)
+    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, handletextpad=0.4)
     return figure

@@ -187,8 +187,11 @@ class FMRIMAEModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        # By the number of inputs, so that a patch's content weighs as much as its place: with
+        # content too small the first minutes explain nothing of what is hidden.
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.normal_(module.weight, std=0.02 if isinstance(module, nn.Conv2d) else 0.05)
+            wide = isinstance(module, nn.Linear)
+            init.normal_(module.weight, std=module.in_features**-0.5 if wide else 0.02)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
@@ -197,6 +200,8 @@ class FMRIMAEModel(PreTrainedModel):
         elif isinstance(module, RegionPosition):
             if module.fourier:
                 init.normal_(module.frequencies)
+            else:  # coordinates are in mm
+                init.normal_(module.project.weight, std=0.02)
         elif isinstance(module, FMRIMAEModel):
             init.normal_(module.cls_token, std=0.02)
             init.normal_(module.mask_token, std=0.02)

@@ -183,7 +183,8 @@ def test_the_plain_rows_stand_in_every_table_with_their_cost(benchmark):
     assert not any(name in (benchmark.out / "results.json").read_text() for name in ("s00", "s59"))
     page = (benchmark.out / "report.html").read_text()
     assert "as long as the scan" in page
-    for figure in ("systems", "distribution", "scatter", "sites", "cost", "calibration"):
+    figures = ("systems", "controls", "distribution", "scatter", "sites", "cost", "calibration")
+    for figure in figures:
         assert (benchmark.out / "figures" / f"{figure}_held_out_subjects_age.png").is_file()
         assert f'id="{figure}_held_out_subjects_age"' in page
 
