@@ -241,7 +241,11 @@ def test_near_numbers_share_the_credit_where_each_is_one_token():
     assert digits.labels(target, 30.4)[1] == [([3], [1.0]), ([0], [1.0]), ([99], [1.0])]
 
 
-@pytest.mark.parametrize("name", ["llama_3_2_11b_vision", "qwen2_vl_7b", "qwen2_5_vl_7b"])
+NAMES = ["llama_3_2_11b_vision", "qwen2_vl_7b", "qwen2_5_vl_7b", "qwen3_vl_8b"]
+FULL_SIZE = ["vlm_llama_3_2_11b", "vlm_qwen2_vl_7b", "vlm_qwen2_5_vl_7b", "vlm_qwen3_vl_8b"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_published_architectures_with_lora_on_the_meta_device(name):
     wanted = vlm_models.architecture(name)
     found = vlm_models.plan(name, {"r": 16}, batch_size=1, tokens=512)
@@ -252,7 +256,7 @@ def test_the_published_architectures_with_lora_on_the_meta_device(name):
     assert found["weights_nf4"] < 0.45 * found["weights_bf16"]
 
 
-@pytest.mark.parametrize("name", ["vlm_llama_3_2_11b", "vlm_qwen2_vl_7b", "vlm_qwen2_5_vl_7b"])
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_full_size_configurations_are_complete(repository, name, capsys):
     path = repository / "training" / "configs" / f"{name}.yaml"
     assert vlm.main([str(path), "plan=true"]) == 0
