@@ -33,6 +33,7 @@ def plain_baseline(name: str, facts: Mapping[str, Any]) -> bool:
 
 
 def colour_of(name: str, facts: Mapping[str, Any]) -> str:
+    """The reference, controls, other baselines and models, each in one colour."""
     if name in REFERENCES:
         return ORANGE
     if facts[name]["control"]:
