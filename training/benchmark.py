@@ -215,7 +215,7 @@ def _run(
 ) -> None:
     """Run the cells without an outcome, `jobs` at once."""
     queue = []
-    for cell in cells:
+    for cell in sorted(cells, key=lambda cell: bool(cell.control)):  # controls after all systems
         state = state_of(cell, out)
         if state == "failed" and retry_failed:
             (out / "cells" / cell.hash / "outcome.json").unlink()
