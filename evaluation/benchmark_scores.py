@@ -29,7 +29,9 @@ from .scores import (
     interval_of,
     mean_absolute_error,
     pearson,
+    percentile_interval,
     prediction_r2,
+    resampled_auc,
 )
 
 #: Sign flips of the paired test; the smallest p is one in this many.
@@ -232,17 +234,21 @@ def _score_classes(
     scores["predicted_counts"] = pd.Series(mine.y_hat.ravel()).value_counts().sort_index().to_dict()
     if len(np.unique(mine.y)) == 2:
         scores["auc"] = auc(positive, mine.score)
-        drawn = crossed_interval(auc, (positive,), (mine.score,), num_resamples)
-        scores["auc_interval"] = drawn
+        drawn = _over_drawn_seeds(resampled_auc(positive, mine.score, num_resamples))
+        scores["auc_interval"] = percentile_interval(drawn)
         scores["seeds"] = [area_under_curve(positive, column) for column in mine.score.T]
         pair = _paired(mine, answers.get(CLASS_REFERENCE)) if name != CLASS_REFERENCE else None
         if pair is not None:
             positives = pair[0].y == np.unique(mine.y)[-1]
-            both = (positives, pair[0].score, pair[1].score)
-            scores["difference_to_reference"] = _auc_gap(*both)
-            drawn = crossed_interval(_auc_gap, both[:1], both[1:], num_resamples)
-            scores["difference_to_reference_interval"] = drawn
-            scores["p_reference"] = _bootstrap_p(both, num_resamples)
+            first, second = (auc(positives, side.score) for side in pair)
+            scores["difference_to_reference"] = first - second
+            drawn_first, drawn_second = (
+                _over_drawn_seeds(resampled_auc(positives, side.score, num_resamples))
+                for side in pair
+            )
+            gaps = drawn_first - drawn_second
+            scores["difference_to_reference_interval"] = percentile_interval(gaps)
+            scores["p_reference"] = _bootstrap_p(gaps)
     calibration = _class_calibration(mine, positive)
     if calibration is not None:
         scores["calibration"] = calibration
@@ -258,7 +264,8 @@ def _score_classes(
         if len(np.unique(y)) == 2:
             columns = (positive[of_site], mine.score[of_site])
             scores["by_site"][site]["auc"] = auc(*columns)
-            scores["by_site"][site]["auc_interval"] = interval_of(auc, columns, num_resamples)
+            drawn = resampled_auc(*columns, num_resamples).mean(axis=1)
+            scores["by_site"][site]["auc_interval"] = percentile_interval(drawn)
     return scores
 
 
@@ -292,9 +299,11 @@ def _mean_gap(first: np.ndarray, second: np.ndarray) -> float:
     return float(first.mean() - second.mean())
 
 
-def _auc_gap(positive: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
-    auc = over_seeds(area_under_curve)
-    return auc(positive, first) - auc(positive, second)
+def _over_drawn_seeds(drawn: np.ndarray, seed: int = 0) -> np.ndarray:
+    """The mean over seeds that are drawn with replacement, (resamples, seeds) to (resamples,)."""
+    width = drawn.shape[1]
+    chosen = np.random.default_rng([seed, 1]).integers(0, width, drawn.shape)
+    return np.take_along_axis(drawn, chosen, axis=1).mean(axis=1)
 
 
 def sign_flip_p(gap: np.ndarray, flips: int = FLIPS, seed: int = 0) -> float:
@@ -313,16 +322,8 @@ def sign_flip_p(gap: np.ndarray, flips: int = FLIPS, seed: int = 0) -> float:
     return (1 + beyond) / (1 + flips)
 
 
-def _bootstrap_p(columns: tuple[np.ndarray, ...], num_resamples: int, seed: int = 0) -> float:
+def _bootstrap_p(gaps: np.ndarray) -> float:
     """Two-sided p from the share of resamples on the other side of no difference."""
-    generator = np.random.default_rng(seed)
-    count = len(columns[0])
-    gaps = np.array(
-        [
-            _auc_gap(*(column[rows] for column in columns))
-            for rows in (generator.integers(0, count, count) for _ in range(num_resamples))
-        ]
-    )
     gaps = gaps[np.isfinite(gaps)]
     smaller = 1 + min(int((gaps <= 0).sum()), int((gaps >= 0).sum()))
     return min(1.0, 2.0 * smaller / (1 + len(gaps)))

