@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SITE_SYSTEMS = 4
+NUM_COLOURS = 128
 
 
 def draw_benchmark(
@@ -154,13 +156,19 @@ def _drawings(
 def _picture(
     folder: Path, name: str, title: str, caption: str, drawing: Callable[[], Figure | None]
 ) -> Picture:
+    from PIL import Image
+
     name = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
     figure = drawing()
     if figure is None:
         return Picture(name, title, caption, None, "nothing to draw in these results")
     path = folder / "figures" / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DOTS_PER_INCH)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=DOTS_PER_INCH)
+    # A report holds forty pictures: with few colours each it stays small enough to be sent around.
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(NUM_COLOURS).save(path, optimize=True)
     return Picture(name, title, caption, path)
 
 

@@ -214,8 +214,14 @@ def _run(
     cells: Sequence[Cell], suite: Suite, cohort: Cohort, out: Path, jobs: int, retry_failed: bool
 ) -> None:
     """Run the cells without an outcome, `jobs` at once."""
+    splits = list(dict.fromkeys(cell.split.hash for cell in cells))
+
+    def order(cell: Cell) -> tuple[bool, int, int]:
+        """Fold by fold, so that systems can be compared before all is done; controls at last."""
+        return bool(cell.control), splits.index(cell.split.hash), cell.fold
+
     queue = []
-    for cell in sorted(cells, key=lambda cell: bool(cell.control)):  # controls after all systems
+    for cell in sorted(cells, key=order):
         state = state_of(cell, out)
         if state == "failed" and retry_failed:
             (out / "cells" / cell.hash / "outcome.json").unlink()
