@@ -11,6 +11,7 @@ A cell is one system (or one control of it) on one fold with one seed, in a proc
     RESULTS/cells/HASH/outcome.json    how it ended and what it cost; such a cell is never run again
     RESULTS/shared/HASH/               what cells with the same `shared` steps share
     RESULTS/results.json, report.html  all scores, with commit and command
+    RESULTS/scores.csv                 a row for each split, target and system
 
 HASH covers the system's name and entry, the configurations that its commands read, the control, the
 folds and the cohort. A cell that was killed goes on; `--only` and `--jobs` choose what is run, and

@@ -99,7 +99,37 @@ def write_results(
         "scores": scored,
     }
     write_json(out / "results.json", results)
+    score_table(scored, facts).to_csv(out / "scores.csv", index=False, float_format="%.4g")
     write_benchmark_report(out, pooled)
+
+
+def score_table(
+    scored: dict[str, dict[str, Any]], facts: dict[str, dict[str, Any]]
+) -> pd.DataFrame:
+    """One row for each split, target and system: the score with its interval, and what it is."""
+    rows = []
+    for split, targets in scored.items():
+        for target, found in targets.items():
+            score = "mae" if found["kind"] == "number" else "auc"
+            for name in (*found["ranking"], *found["unranked"], *found["controls"]):
+                mine = found["systems"][name]
+                low, high = mine.get(f"{score}_interval") or (None, None)
+                gap = mine.get("difference_to_reference_interval") or (None, None)
+                passes = found["controls"].get(name, {}).get("passes")
+                rows.append(
+                    {
+                        **{"split": split, "target": target, "system": name},
+                        **{"ranked": facts[name]["ranked"] and not facts[name]["control"]},
+                        **{"control_passes": passes, "subjects": mine["num_subjects"]},
+                        **{"seeds": mine["num_seeds"], "score": score},
+                        **{"value": mine.get(score), "low": low, "high": high, "r": mine.get("r")},
+                        **{"predicted_sd": mine.get("predicted_sd")},
+                        **{"minus_reference": mine.get("difference_to_reference")},
+                        **{"minus_reference_low": gap[0], "minus_reference_high": gap[1]},
+                        **{"p_holm": mine.get("p_reference_holm")},
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def _facts(system: System, name: str, control: str) -> dict[str, Any]:

@@ -173,6 +173,13 @@ def test_the_plain_rows_stand_in_every_table_with_their_cost(benchmark):
     for name in ("site mean", "scan length + TR + site", "motion", "kernel ridge on connectivity"):
         assert name in scores["age"]["ranking"], name
     assert "SVM on connectivity" in scores["sex"]["ranking"]
+    table = pd.read_csv(benchmark.out / "scores.csv").set_index(["target", "system"])
+    for target in ("age", "sex"):
+        score = "mae" if target == "age" else "auc"
+        for name, mine in scores[target]["systems"].items():
+            assert table.loc[(target, name), "value"] == pytest.approx(mine[score], rel=1e-3)
+    assert not table.loc[("age", "toy"), "ranked"]
+    assert not table.loc[("age", "leaky tokens: noise scan"), "control_passes"]
     cost = results["systems"]["leaky tokens"]["cost"]
     assert cost["parameters"] == 3
     assert cost["tokens_per_scan"] == 8
