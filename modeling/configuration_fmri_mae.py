@@ -50,8 +50,9 @@ class FMRIMAEConfig(PreTrainedConfig):
         Whether the decoder's output passes through tanh.
     atlas, region_labels, region_coordinates : str, list of str, list (regions, 3) in mm, optional
         Of the parcellation that it was trained on; any other may be given to the model instead.
-    pooling : {"mean", "regions"}
-        What the heads read: the mean of all tokens, or of each region's.
+    pooling : {"mean", "regions", "similarity"}
+        What the heads read: the mean of all tokens, or of each region's, or how alike two regions'
+        tokens are, for all pairs.
     targets : list of dict, optional
         What the heads were fitted for: `name`, `kind` ("number" or "class"), `minimum` and
         `maximum` or `classes`.
@@ -119,7 +120,7 @@ class FMRIMAEConfig(PreTrainedConfig):
         for name, allowed in (
             ("position", ("fourier", "linear")),
             ("block", ("transformer", "nystrom")),
-            ("pooling", ("mean", "regions")),
+            ("pooling", ("mean", "regions", "similarity")),
         ):
             if getattr(self, name) not in allowed:
                 raise ConfigurationError(
@@ -137,7 +138,10 @@ class FMRIMAEConfig(PreTrainedConfig):
         """Numbers of one scan that the heads read."""
         if self.pooling == "mean":
             return self.hidden_size
-        return self.hidden_size * len(self.region_coordinates or ())
+        regions = len(self.region_coordinates or ())
+        if self.pooling == "similarity":
+            return regions * (regions - 1) // 2
+        return self.hidden_size * regions
 
 
 FMRIMAEConfig.register_for_auto_class()

@@ -165,7 +165,7 @@ class FMRIMAEModel(PreTrainedModel):
         self.post_init()
 
     def set_targets(self, targets):
-        """Give the model untrained heads for `targets` (see `FMRIMAEConfig`) in place of its own."""
+        """Replace the heads by untrained ones for `targets` (see `FMRIMAEConfig`)."""
         self.config.targets = targets
         self.heads = nn.ModuleList(
             nn.Linear(self.config.feature_width, len(target.get("classes") or [0]))
@@ -239,6 +239,12 @@ class FMRIMAEModel(PreTrainedModel):
             x = block(x, key_mask)
         return self.encoder_norm(x)
 
+    def _tokens(self, values, coordinates, there):
+        """Encoded tokens (batch, regions, patches, hidden) of whole windows, 0 where none is."""
+        x = self._embed(values, coordinates).flatten(1, 2)
+        x = self._encode(x, _keys(there.flatten(1)))
+        return x[:, 1:].unflatten(1, values.shape[1:3]) * there[..., None]
+
     # ------------------------------------------------------------------ use
 
     def encode(self, input_values, region_coordinates=None, region_mask=None, time_mask=None):
@@ -259,10 +265,15 @@ class FMRIMAEModel(PreTrainedModel):
         values, coordinates, there = self._prepare(
             input_values, region_coordinates, region_mask, time_mask
         )
-        shape = values.shape[:3]
-        x = self._encode(self._embed(values, coordinates).flatten(1, 2), _keys(there.flatten(1)))
-        x = x[:, 1:].unflatten(1, shape[1:]) * there[..., None]
-        if self.config.pooling == "mean":
+        x = self._tokens(values, coordinates, there)
+        shape = (1, *values.shape[1:3])
+        if self.config.pooling == "similarity":
+            one = values[:1]
+            silent = self._tokens(
+                torch.zeros_like(one), coordinates[:1], one.new_ones(shape).bool()
+            )
+            pooled = _similarity((x - silent) * there[..., None])
+        elif self.config.pooling == "mean":
             pooled = x.sum((1, 2)) / there.sum((1, 2))[:, None]
         else:
             pooled = (x.sum(2) / there.sum(2).clamp(min=1)[..., None]).flatten(1)
@@ -339,6 +350,18 @@ class FMRIMAEModel(PreTrainedModel):
                 scores = value.clamp(target["minimum"], target["maximum"])
             found[target["name"]] = scores
         return found
+
+
+def _similarity(x):
+    """Cosine of the tokens of every two regions, mean over patches; (batch, pairs of regions).
+
+    `x` (batch, regions, patches, hidden): what the signal changes in each token, so that a region's
+    place does not count.
+    """
+    x = F.normalize(x.float(), dim=-1)
+    alike = torch.einsum("brph,bsph->brs", x, x) / x.shape[2]
+    first, second = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
+    return alike[:, first, second]
 
 
 def _keys(there):

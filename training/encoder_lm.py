@@ -261,7 +261,7 @@ def train(arguments: EncoderLMArguments, run: Run) -> int:
         unknown = {k for k, s in enumerate(subjects) if pd.isna(truth.at[s, target["name"]])}
         wanted = arguments.batch_size * accelerator.num_processes
         chosen = draw_scans(rng, wanted, len(subjects), excluded | unknown)
-        windows = rng.integers(0, arguments.windows_per_scan, wanted)
+        windows = rng.integers(0, training.values.shape[1], wanted)
         first = accelerator.process_index * arguments.batch_size
         mine = slice(first, first + arguments.batch_size)
         chosen, windows = chosen[mine], windows[mine]
@@ -336,7 +336,7 @@ def train(arguments: EncoderLMArguments, run: Run) -> int:
         best = best_error(output, error_name(targets[0]), arguments.max_steps + 1)
         facts |= {"targets": kept.config.targets, f"best_{error_name(targets[0])}": best}
         write_run_facts(output, "encoder-lm", arguments, seconds=log.seconds, **facts)
-        tokens = (arguments.prefix_tokens or count) * arguments.windows_per_scan
+        tokens = (arguments.prefix_tokens or count) * training.values.shape[1]
         write_cost(arguments.cost, facts["parameters"], tokens if with_prefix else 0)
         remove_state(output)
         print(

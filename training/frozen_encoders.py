@@ -46,7 +46,7 @@ class FrozenEncoder:
         Checks, resamples and z-scores scans for it.
     features : function
         From the scans of one part, the place of a scan and window starts (windows,) to features,
-        float32 (windows, features, width).
+        float32 (windows, features, width); one of all windows where only their mean says something.
     fingerprint : str
         Of the weights.
     """
@@ -121,6 +121,12 @@ def _mae(folder: str, cohort: Cohort, device: torch.device) -> FrozenEncoder:
         mask = torch.from_numpy(scans.region_masks[place]).expand(len(windows), -1).to(device)
         places = torch.from_numpy(scans.region_coordinates)[None].to(device)
         found = model.encode(windows, places, region_mask=mask)
+        if model.config.pooling == "similarity":  # one matrix a scan, a row for each region
+            regions = windows.shape[2]
+            first, second = torch.triu_indices(regions, regions, 1)
+            alike = torch.eye(regions, device=device)
+            alike[first, second] = alike[second, first] = found.pooled.mean(0)
+            return alike[None]
         there = found.token_mask.sum(2).clamp(min=1)[..., None]
         return found.last_hidden_state.sum(2) / there  # one feature a region
 

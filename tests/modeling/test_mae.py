@@ -190,3 +190,29 @@ def test_it_loads_with_and_without_the_package(inputs, block, tmp_path, run_with
     save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "x.safetensors")
     found = run_without_package(LOAD, tmp_path / "mae", tmp_path / "x.safetensors")
     assert found.split("\n")[0] == "transformers_modules True"
+
+
+def test_similarity_is_the_cosine_of_what_the_signal_changes():
+    torch.manual_seed(0)
+    config = FMRIMAEConfig(
+        window_length=20, patch_length=10, hidden_size=16, intermediate_size=16,
+        num_hidden_layers=1, num_attention_heads=2, decoder_hidden_size=8,
+        decoder_intermediate_size=8, decoder_num_attention_heads=2, position_features=8,
+        region_coordinates=torch.randn(5, 3).mul(40).tolist(), pooling="similarity",
+    )  # fmt: skip
+    model = FMRIMAEModel(config).eval()
+    values = torch.randn(3, 20, 5)
+    values[:, :, 1] = values[:, :, 0]
+    with torch.no_grad():
+        found = model.encode(values)
+        silent = model.encode(torch.zeros(1, 20, 5)).last_hidden_state
+    assert found.pooled.shape == (3, 10) == (3, config.feature_width)
+    changed = found.last_hidden_state - silent
+    wanted = torch.cosine_similarity(changed[:, 0], changed[:, 3], dim=-1).mean(1)
+    torch.testing.assert_close(found.pooled[:, 2], wanted)  # pairs 01, 02, 03, ...
+    assert (found.pooled[:, 0] > found.pooled[:, 1:].max(1).values).all()
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    mask[:, 4] = False
+    with torch.no_grad():
+        pooled = model.encode(values, region_mask=mask).pooled
+    assert (pooled[:, [3, 6, 8, 9]] == 0).all()
