@@ -20,11 +20,14 @@ class Target(NamedTuple):
     kind : {"checkpoint", "adapter", "cohort", "metric", "space"}
     folder : pathlib.Path
     repository_kind : {"model", "dataset", "space"}
+    connectome : pathlib.Path or None
+        The second stream of a run whose codecs go into one repository.
     """
 
     kind: str
     folder: Path
     repository_kind: str
+    connectome: Path | None = None
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -36,7 +39,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         "what",
         metavar="RUN",
         type=Path,
-        help="run (its language model, else its codec), checkpoint, adapter, cohort, metric, Space",
+        help="run (its language model, else its codecs of either stream), checkpoint, adapter, "
+        "cohort, metric, Space",
     )
     command.add_argument("repository", metavar="REPO", help="OWNER/NAME on the Hub")
     command.add_argument("--private", action="store_true", help="for a repository made now")
@@ -55,7 +59,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--cohort", type=Path, default=None, help="cohort of training, if it was moved"
     )
-    command.add_argument("--base", default=None, help="OWNER/NAME of an adapter's base checkpoint")
+    command.add_argument("--base", default=None, help="OWNER/NAME@REVISION of an adapter's base")
     command = commands.add_parser(
         "protect", help="move codes of a codec that are, in effect, one training person's"
     )
@@ -114,9 +118,11 @@ def find_target(what: Path) -> Target:
         return Target("cohort", what, "dataset")
     if (what / "adapter_config.json").is_file():
         return Target("adapter", what, "model")
-    for folder in (what, what / "lm", what / "avq"):
+    for folder in (what, what / "lm", what / "avq", what / "connectome"):
         if (folder / "config.json").is_file():
-            return Target("checkpoint", folder, "model")
+            second = what / "connectome"  # beside `avq` in a run, inside what was published
+            both = folder in (what, what / "avq") and (second / "config.json").is_file()
+            return Target("checkpoint", folder, "model", second if both else None)
     raise PublishError(
         f"{what}: expected a run, a checkpoint, an adapter, a cohort or a metric module, found "
         f"{'none of these' if what.exists() else 'nothing'}."
@@ -156,128 +162,21 @@ def protect(arguments: argparse.Namespace) -> None:
     print(f"{len(moved)} of {codec.quantizer.num_codes} codes moved to means of several people")
 
 
-def _stage_checkpoint(target: Target, folder: Path, arguments: argparse.Namespace) -> str:
-    from cortexicon import _publish_facts as gather
-    from cortexicon.inference import Checkpoint, load_checkpoint
-    from cortexicon.inference.exposure import COSINE, SUBJECTS, find_exposed
-    from cortexicon.model_cards import (
-        PublishError,
-        check_clean_load,
-        check_folder,
-        check_licenses,
-        stage_checkpoint,
-        weights_license,
-        without_subjects,
-        write_eval_results,
-        write_license,
-        write_model_card,
-    )
-
-    source = target.folder
-    run_facts = gather.read_run(source, arguments.cohort)
-    data = gather.data_facts(run_facts, arguments.data)
-    license_id = arguments.license or weights_license(data.license)
-    check_licenses(data.license, license_id)
-    loaded = stage_checkpoint(source, folder)
-    model = loaded.model
-    kind = model.config.model_type
-    if kind == "avq_connectome":
-        latents = gather.latents_of(run_facts, connectome=model)
-        codebook = model.quantizer
-    else:
-        checkpoint: Checkpoint = load_checkpoint(source)
-        latents = gather.latents_of(run_facts, checkpoint=checkpoint)
-        codebook = checkpoint.codec.quantizer
-    found = find_exposed(codebook, latents)
-    if found.exposed:
-        raise PublishError(
-            f"{source}: {len(found.exposed)} of {found.num_codes} codes (such as "
-            f"{found.exposed[0]}) lie within cosine {COSINE} of one training latent, and fewer "
-            f"than {SUBJECTS} people map to them: they are, in effect, one person's. Run "
-            f"`cortexicon protect` on the codec, score it, and publish again."
-        )
-    protected = int(run_facts.values.get("protected_codes", 0))
-    privacy = (
-        f"Privacy of the codebook: no code lies within cosine {COSINE} of a single training latent "
-        f"unless {SUBJECTS} or more people map to it ({found.num_codes} codes against "
-        f"{found.num_latents} latents of {found.num_subjects} people; highest cosine "
-        f"{found.highest_cosine:.4f}"
-        + (f"; {protected} codes were moved to means of several people" if protected else "")
-        + ")."
-    )
-    ids = run_facts.cohort.subject_ids
-    facts = gather.card_facts(run_facts, source, model, data) | {
-        "license": license_id,
-        "data": data._asdict(),
-        "repository": arguments.repository,
-        "revision": loaded.revision,
-        "privacy": privacy,
-    }
-    write_model_card(folder, facts)
-    dataset = f"{arguments.repository.partition('/')[0]}/{run_facts.name}"
-    write_eval_results(folder, facts, dataset)
-    write_license(folder, license_id, data)
-    results = {"scores": facts["scores"], "groups": facts["groups"]} | run_facts.results
-    for name, values in (("results.json", results), ("run.json", run_facts.values)):
-        cleaned = json.dumps(without_subjects(values, ids), indent=1)
-        (folder / name).write_text(cleaned + "\n", encoding="utf-8")
-    _refuse(source, check_folder(folder, gather.names_of(run_facts.cohort)))
-    check_clean_load(folder, model)
-    return loaded.revision
-
-
-def _stage_adapter(target: Target, folder: Path, arguments: argparse.Namespace) -> None:
-    from cortexicon import _publish_facts as gather
-    from cortexicon.model_cards import PublishError, check_licenses, stage_adapter, weights_license
-    from cortexicon.model_cards.checks import (
-        card_complaints,
-        secret_complaints,
-        subject_id_complaints,
-    )
-    from cortexicon.model_cards.facts import read_data_facts
-
-    if arguments.base is None or arguments.data is None:
-        raise PublishError(
-            f"{target.folder}: an adapter needs --base OWNER/NAME, the checkpoint that it changes, "
-            "and --data, the facts of the data that it was fitted on."
-        )
-    data = read_data_facts(arguments.data)
-    license_id = arguments.license or weights_license(data.license)
-    check_licenses(data.license, license_id)
-    base, _, revision = arguments.base.partition("@")
-    facts = {
-        "title": arguments.repository.partition("/")[2],
-        "license": license_id,
-        "data": data._asdict(),
-        "repository": arguments.repository,
-        "revision": revision or None,
-    }
-    stage_adapter(target.folder, folder, base, facts)
-    ids = () if arguments.cohort is None else gather.names_of(gather.load(arguments.cohort))
-    _refuse(
-        target.folder,
-        [
-            *subject_id_complaints(folder, ids),
-            *secret_complaints(folder),
-            *card_complaints(folder),
-        ],
-    )
-
-
-def _stage_cohort(target: Target, folder: Path, arguments: argparse.Namespace) -> None:
+def _stage_cohort(target: Target, folder: Path, arguments: argparse.Namespace) -> str:
     from cortexicon import _publish_facts as gather
     from cortexicon.model_cards import stage_cohort
     from cortexicon.model_cards.checks import (
         card_complaints,
+        refuse,
         secret_complaints,
         subject_id_complaints,
     )
 
     cohort = gather.load(target.folder)
     data = gather.facts_of_cohort(cohort, arguments.data, target.folder)
-    stage_cohort(cohort, folder, arguments.repository, data)
+    tag = stage_cohort(cohort, folder, arguments.repository, data)
     ids = () if data.public_ids else gather.names_of(cohort)
-    _refuse(
+    refuse(
         target.folder,
         [
             *subject_id_complaints(folder, ids),
@@ -285,21 +184,34 @@ def _stage_cohort(target: Target, folder: Path, arguments: argparse.Namespace) -
             *card_complaints(folder),
         ],
     )
+    return tag
 
 
 def _stage_metric(target: Target, folder: Path, arguments: argparse.Namespace) -> None:
     from cortexicon.model_cards import stage_metric
-    from cortexicon.model_cards.checks import secret_complaints
+    from cortexicon.model_cards.checks import refuse, secret_complaints
 
     stage_metric(target.folder, folder, arguments.repository)
-    _refuse(target.folder, secret_complaints(folder))
+    refuse(target.folder, secret_complaints(folder))
 
 
 def _stage_space(target: Target, folder: Path, arguments: argparse.Namespace) -> None:
-    from cortexicon.model_cards.checks import secret_complaints
+    from cortexicon.model_cards.checks import refuse, secret_complaints
 
     shutil.copytree(target.folder, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    _refuse(target.folder, secret_complaints(folder))
+    refuse(target.folder, secret_complaints(folder))
+
+
+def _stage_checkpoint(target: Target, folder: Path, arguments: argparse.Namespace) -> str:
+    from cortexicon._publish_checkpoint import stage
+
+    return stage(target.folder, target.connectome, folder, arguments)
+
+
+def _stage_adapter(target: Target, folder: Path, arguments: argparse.Namespace) -> str:
+    from cortexicon._publish_adapter import stage
+
+    return stage(target.folder, folder, arguments)
 
 
 _STAGE: dict[str, Callable[[Target, Path, argparse.Namespace], str | None]] = {
@@ -309,14 +221,6 @@ _STAGE: dict[str, Callable[[Target, Path, argparse.Namespace], str | None]] = {
     "metric": _stage_metric,
     "space": _stage_space,
 }
-
-
-def _refuse(source: Path, complaints: list[str]) -> None:
-    from cortexicon.model_cards import PublishError
-
-    if complaints:
-        listed = "\n  ".join(complaints[:20])
-        raise PublishError(f"{source}: not published, for\n  {listed}")
 
 
 def _replace(out: Path, folder: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from transformers import PreTrainedModel
 
 from cortexicon._cards import scores_of
+from cortexicon._connectome import pair_rows
 from cortexicon.cohorts import Cohort, Split, load_cohort, load_split
+from cortexicon.evaluation.connectivity import correlation_by_scan
+from cortexicon.evaluation.connectome import PLAIN, plain_system, tokens_of
 from cortexicon.evaluation.scores import interval_of
 from cortexicon.inference import Checkpoint
 from cortexicon.inference.connectome import cohort_matrices, decode_matrices, encode_matrices
@@ -30,6 +32,8 @@ from cortexicon.modeling import AVQConnectomeModel
 SMALLEST_GROUP = 10
 _AGES = (0, 12, 18, 30, 50, 200)
 _MOTION = ("mean_fd", "func_mean_fd", "framewise_displacement")
+# Principal components and k-means at the bits of the connectivity stream's usual 64 tokens.
+_PLAIN = next(iter(PLAIN))
 _TITLES = {
     "avq": "AVQ codec of fMRI series",
     "avq_connectome": "AVQ codec of functional connectivity",
@@ -195,6 +199,14 @@ def card_facts(
     }
 
 
+def title_of_both(run: RunFacts, data: DataFacts) -> str:
+    """Title of a repository that holds both streams."""
+    return (
+        f"AVQ codec of fMRI series and connectivity: {data.name.partition(',')[0]}, "
+        f"{run.cohort.atlas}"
+    )
+
+
 def group_table(
     metric: str, per_person: Mapping[str, float | None], people: pd.DataFrame, part: str = "test"
 ) -> dict[str, Any]:
@@ -279,40 +291,43 @@ def _connectome_scores(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Correlation of decoded with raw matrices of the test people, measured here."""
     parts = run.split[int(run.values["arguments"].get("fold", 0))]
-    tested = list(parts["test"])
+    tested, people = list(parts["test"]), list(parts["train"])
+    if run.values["arguments"].get("fit_validation"):
+        people += parts["validation"]
     raw = cohort_matrices(run.cohort, tested)
-    fitted = cohort_matrices(run.cohort, list(parts["train"]))
+    fitted = cohort_matrices(run.cohort, people)
     upper = np.triu_indices(raw.matrices.shape[1], 1)
-    rows = _pairs(raw.matrices, raw.region_mask, upper)
-    mean = np.nanmean(_pairs(fitted.matrices, fitted.region_mask, upper), axis=0)
+    rows = pair_rows(raw)
+    training = pair_rows(fitted)
+    mean = np.nanmean(training, axis=0)
     codes = encode_matrices(model, raw, run.cohort.coordinates)
-    decoded = decode_matrices(model, codes, run.cohort.coordinates)[:, *upper]
+    decoded = {
+        "ours": decode_matrices(model, codes, run.cohort.coordinates)[:, *upper],
+        f"{_PLAIN}: {tokens_of(_PLAIN)} tokens": plain_system(training, _PLAIN)(rows),
+        "training mean alone (chance)": np.broadcast_to(mean, rows.shape),
+    }
     found = {
-        "correlation with the raw matrix": (
-            [_correlation(one, two) for one, two in zip(rows, decoded, strict=True)],
-            [_correlation(one, mean) for one in rows],
-        ),
-        "correlation of deviations from the training mean": (
-            [_correlation(one - mean, two - mean) for one, two in zip(rows, decoded, strict=True)],
-            None,
-        ),
+        "connectivity stream: correlation with the raw matrix": {
+            name: correlation_by_scan(rows, one) for name, one in decoded.items()
+        },
+        "connectivity stream: correlation of deviations from the training mean": {
+            name: correlation_by_scan(rows - mean, one - mean) for name, one in decoded.items()
+        },
     }
     shown = checkpoint.name if checkpoint.is_absolute() else checkpoint
     scores, tables = [], []
-    for metric, (ours, chance) in found.items():
-        values = np.array(ours)
+    for metric, systems in found.items():
+        values = np.array(systems.pop("ours"), float)
         beside = []
-        if chance is not None:
-            level = np.array(chance)
-            beside.append(
-                {
-                    "system": "training mean alone (chance)",
-                    "value": float(np.median(level)),
-                    "interval": interval_of(np.median, [level]),
-                }
-            )
-        else:
-            beside.append({"system": "training mean alone (chance)", "value": 0.0})
+        for name, others in systems.items():
+            level = np.array(others, float)
+            if np.isfinite(level).all():
+                interval = interval_of(np.median, [level])
+                beside.append(
+                    {"system": name, "value": float(np.median(level)), "interval": interval}
+                )
+            else:  # the mean deviates from itself in nothing
+                beside.append({"system": name, "value": 0.0})
         scores.append(
             {
                 "metric": f"{metric}, median",
@@ -325,17 +340,6 @@ def _connectome_scores(
                 "beside": beside,
             }
         )
-        per_person = dict(zip(tested, ours, strict=True))
+        per_person = dict(zip(tested, values.tolist(), strict=True))
         tables.append(group_table(metric, per_person, run.cohort.participants))
     return scores, tables
-
-
-def _pairs(matrices: torch.Tensor, mask: torch.Tensor, upper: tuple[np.ndarray, ...]) -> np.ndarray:
-    rows, there = matrices.numpy()[:, *upper].copy(), mask.numpy()
-    rows[~(there[:, upper[0]] & there[:, upper[1]])] = np.nan
-    return rows
-
-
-def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    both = np.isfinite(first) & np.isfinite(second)
-    return float(np.corrcoef(first[both], second[both])[0, 1])

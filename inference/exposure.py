@@ -144,7 +144,39 @@ def connectome_latents(
 @torch.inference_mode()
 def find_exposed(codebook: AVQCodebook, latents: TrainingLatents) -> Exposure:
     """Compare every code with every latent."""
-    codes = codebook.codebook.detach().cpu()
+    return _compared(codebook.codebook.detach().cpu(), latents)
+
+
+@torch.inference_mode()
+def find_exposed_rows(
+    codec: AVQModel | AVQConnectomeModel, rows: torch.Tensor, latents: TrainingLatents
+) -> Exposure:
+    """Compare rows of codes, as a language model or an adapter has trained them, with latents.
+
+    Such rows lie in text space, so P carries the latents there; both are seen from the mean of P
+    over the codebook, for whatever they share tells nobody apart.
+
+    Parameters
+    ----------
+    codec : AVQModel or AVQConnectomeModel
+        Of the stream that the rows are of.
+    rows : float, shape (rows, text_width)
+        Any of its codes; `Exposure.exposed` counts them as they are given.
+    latents : TrainingLatents
+        Of that codec.
+    """
+    centre = codec.project_codebook().mean(0)
+    vectors = torch.cat(
+        [
+            F.normalize(codec.projection(part.to(codec.device)) - centre, dim=-1).cpu()
+            for part in latents.vectors.split(_ROWS)
+        ]
+    )
+    moved = F.normalize(rows.float().to(codec.device) - centre, dim=-1).cpu()
+    return _compared(moved, latents._replace(vectors=vectors))
+
+
+def _compared(codes: torch.Tensor, latents: TrainingLatents) -> Exposure:
     highest = torch.full((len(codes),), -1.0)
     mapped = torch.zeros(len(codes), latents.num_subjects, dtype=torch.bool)
     for vectors, owners in zip(

@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 import cortexicon.modeling
 import cortexicon.tokenization
 
+from .errors import PublishError
+
 _TEXT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv", ".tsv", ".py", ".jinja", "")
 #: Where the code files of a checkpoint come from.
 _ROOMS = [
@@ -87,7 +89,7 @@ def secret_complaints(folder: Path) -> list[str]:
 def code_complaints(folder: Path) -> list[str]:
     """Code files that are not, byte for byte, those of the installed package."""
     complaints = []
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted(folder.rglob("*.py")):
         sources = [room / path.name for room in _ROOMS if (room / path.name).is_file()]
         if not sources:
             complaints.append(f"{path.name}: is no file of cortexicon's modeling or tokenization.")
@@ -128,6 +130,13 @@ def card_complaints(folder: Path) -> list[str]:
             if not {"dataset", "value"} <= set(entry) or not _finite(entry):
                 complaints.append(f".eval_results/{results.name}: {entry} is no result.")
     return complaints
+
+
+def refuse(source: Path, complaints: list[str]) -> None:
+    """Raise a `PublishError` that lists the complaints; nothing where there are none."""
+    if complaints:
+        listed = "\n  ".join(complaints[:20])
+        raise PublishError(f"{source}: not published, for\n  {listed}")
 
 
 def _finder(ids: list[str]) -> re.Pattern[str]:

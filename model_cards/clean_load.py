@@ -24,24 +24,30 @@ sys.meta_path.insert(0, Refuse())
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
-folder, given, out, with_processor = sys.argv[1:]
+folder, subfolder, given, out, with_processor = sys.argv[1:]
 model, loading = AutoModel.from_pretrained(
-    folder, trust_remote_code=True, output_loading_info=True
+    folder, subfolder=subfolder, trust_remote_code=True, output_loading_info=True
 )
 assert not loading["missing_keys"], f"weights are missing: {loading['missing_keys']}"
 model.eval()
-codec = model.avq if model.config.model_type == "avq_lm" else model
+found = {f"weight {name}": value.clone() for name, value in model.state_dict().items()}
+codecs = {"model": model}
+if model.config.model_type == "avq_lm":
+    codecs = {"avq": model.avq, "connectome": model.connectome}
 with torch.no_grad():
-    codes = codec.encode(load_file(given)["inputs"]).codes
-    decoded = codec.decode(codes)[0]
+    for name, values in load_file(given).items():
+        codes = codecs[name].encode(values).codes
+        found |= {f"codes {name}": codes}
+        found |= {f"decoded {name}": codecs[name].decode(codes)[0].contiguous()}
 if with_processor == "yes":
     AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-weights = {f"weight {name}": value.clone() for name, value in model.state_dict().items()}
-save_file(weights | {"codes": codes, "decoded": decoded.contiguous()}, out)
+save_file(found, out)
 """
 
 
-def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.0) -> None:
+def check_clean_load(
+    folder: Path, model: PreTrainedModel, subfolder: str = "", timeout: float = 600.0
+) -> None:
     """Load a folder by `AutoModel` in a process without cortexicon; weights and codes must agree.
 
     Parameters
@@ -50,6 +56,8 @@ def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.
         Staged checkpoint, with its code files.
     model : AVQModel, AVQLMForConditionalGeneration or AVQConnectomeModel
         The same checkpoint, loaded by this package, on CPU.
+    subfolder : str
+        Where in the folder it lies; what `AutoModel` is given by that name.
     timeout : float
         Seconds.
 
@@ -58,14 +66,19 @@ def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.
     PublishError
         It does not load there, a weight has other bits, or it encodes or decodes otherwise.
     """
-    codec = model.avq if model.config.model_type == "avq_lm" else model
-    inputs = _sample(codec.config)
+    codecs: dict[str, PreTrainedModel] = {"model": model}
+    if model.config.model_type == "avq_lm":
+        streams = {"avq": model.avq, "connectome": model.connectome}
+        codecs = {name: codec for name, codec in streams.items() if codec is not None}
+    inputs = {name: _sample(codec.config) for name, codec in codecs.items()}
+    expected = {}
     with torch.no_grad():
-        codes = codec.encode(inputs).codes
-        decoded = codec.decode(codes)[0]
+        for name, codec in codecs.items():
+            codes = codec.encode(inputs[name]).codes
+            expected[name] = codes, codec.decode(codes)[0]
     with tempfile.TemporaryDirectory() as work:
         given, out = Path(work) / "inputs.safetensors", Path(work) / "out.safetensors"
-        save_file({"inputs": inputs}, given)
+        save_file(inputs, given)
         # Nothing of the user's environment that could bring the package in, and no network.
         keep = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "LANG", "TMPDIR")
         environment = {name: os.environ[name] for name in keep if name in os.environ}
@@ -75,11 +88,18 @@ def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }
-        processor = "yes" if (folder / "processor_config.json").is_file() else "no"
+        processor = (folder / "processor_config.json").is_file() and not subfolder
         command = [sys.executable, "-P", "-c", _SCRIPT]
         try:
             done = subprocess.run(
-                [*command, str(folder.resolve()), str(given), str(out), processor],
+                [
+                    *command,
+                    str(folder.resolve()),
+                    subfolder,
+                    str(given),
+                    str(out),
+                    "yes" if processor else "no",
+                ],
                 cwd=work,
                 env=environment,
                 capture_output=True,
@@ -98,10 +118,11 @@ def check_clean_load(folder: Path, model: PreTrainedModel, timeout: float = 600.
     for name, value in model.state_dict().items():
         if not torch.equal(found[f"weight {name}"], value):
             raise PublishError(f"{folder}: {name} has other bits when loaded without cortexicon.")
-    if not torch.equal(found["codes"], codes):
-        raise PublishError(f"{folder}: encodes otherwise when loaded without cortexicon.")
-    if not torch.allclose(found["decoded"], decoded, atol=1e-5):
-        raise PublishError(f"{folder}: decodes otherwise when loaded without cortexicon.")
+    for name, (codes, decoded) in expected.items():
+        if not torch.equal(found[f"codes {name}"], codes):
+            raise PublishError(f"{folder}: encodes otherwise when loaded without cortexicon.")
+        if not torch.allclose(found[f"decoded {name}"], decoded, atol=1e-5):
+            raise PublishError(f"{folder}: decodes otherwise when loaded without cortexicon.")
 
 
 def _sample(config: PretrainedConfig) -> torch.Tensor:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from cortexicon.cohorts import Cohort, build_cohort, save_cohort
-from cortexicon.inference import load_checkpoint
+from cortexicon.inference import Checkpoint, load_checkpoint
 from cortexicon.inference.connectome import is_connectome, load_connectome
 
 from .errors import PublishError
 from .facts import DataFacts
 from .write import render, write_whole
 
+#: Subfolder of the connectivity stream beside a codec of windows.
+CONNECTOME = "connectome"
 _LICENSE = """The weights and results in this folder are under {license}: {url}
 
 They were fitted on: {data}
@@ -35,22 +37,25 @@ class Loaded(NamedTuple):
 
     Attributes
     ----------
-    model : PreTrainedModel
-        On CPU, in evaluation mode.
+    models : dict of str to PreTrainedModel
+        By subfolder: "" for the folder itself, `CONNECTOME` for a second stream. On CPU, in
+        evaluation mode.
     revision : str
         Tag that pins these weights, made from them.
     """
 
-    model: PreTrainedModel
+    models: dict[str, PreTrainedModel]
     revision: str
 
 
-def stage_checkpoint(source: Path, folder: Path) -> Loaded:
+def stage_checkpoint(source: Path, folder: Path, connectome: Path | None = None) -> Loaded:
     """Write model, processor and code files of a checkpoint into a new folder.
 
     Layout::
 
         FOLDER/config.json, model.safetensors    AutoConfig, AutoModel
+        FOLDER/connectome/config.json, ...       AutoModel with subfolder="connectome": the second
+                                                 stream, where `connectome` is given
         FOLDER/generation_config.json            of a language model
         FOLDER/processor_config.json, tokenizer.json, tokenizer_config.json
                                                  AutoProcessor, AutoTokenizer, AutoFeatureExtractor
@@ -61,31 +66,68 @@ def stage_checkpoint(source: Path, folder: Path) -> Loaded:
         FOLDER/.eval_results/cortexicon.yaml     scores as the Hub reads them
 
     The first three groups are written here, the others by whoever knows the run. Nothing of
-    training's state is among them. A checkpoint of the connectivity stream has no processor.
+    training's state is among them. A checkpoint of the connectivity stream alone has no processor;
+    beside windows the one processor of the folder serves both streams.
+
+    Parameters
+    ----------
+    source : pathlib.Path
+        Checkpoint folder of a codec, of either stream, or of a language model.
+    folder : pathlib.Path
+    connectome : pathlib.Path, optional
+        Checkpoint of the connectivity stream, beside a codec of windows in `source`.
 
     Raises
     ------
     InferenceError
-        The checkpoint is damaged or incomplete.
+        A checkpoint is damaged or incomplete.
+    PublishError
+        The two streams do not belong to one vocabulary.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    models: dict[str, PreTrainedModel] = {}
     if is_connectome(source):
-        model: PreTrainedModel = load_connectome(source)
+        models[""] = load_connectome(source)
     else:
         checkpoint = load_checkpoint(source)
-        model = checkpoint.model
-        checkpoint.processor.save_pretrained(folder)
+        models[""], processor = checkpoint.model, checkpoint.processor
+        if connectome is not None:
+            models[CONNECTOME] = load_connectome(connectome)
+            _check_streams(checkpoint, models[CONNECTOME], connectome)
+            processor.connectivity_tokens = models[CONNECTOME].config.num_tokens
+        processor.save_pretrained(folder)
         vocabulary = folder / "tokenizer.json"  # half of it is indentation of thousands of codes
         content = json.loads(vocabulary.read_text(encoding="utf-8"))
         write_whole(vocabulary, json.dumps(content, ensure_ascii=False, separators=(",", ":")))
-    model.save_pretrained(folder)
-    return Loaded(model, weights_tag(folder))
+    for subfolder, model in models.items():
+        model.save_pretrained(folder / subfolder)
+        # NOTE: transformers looks for code files in the repository's root, whatever the subfolder.
+        for path in (folder / subfolder).glob("*.py") if subfolder else ():
+            path.replace(folder / path.name)
+    return Loaded(models, weights_tag(folder))
+
+
+def _check_streams(checkpoint: Checkpoint, connectome: PreTrainedModel, where: Path) -> None:
+    """Refuse two streams that no language model could read together."""
+    windows, matrices = checkpoint.codec.config, connectome.config
+    reserved = checkpoint.processor.tokenizer.num_connectivity_codes
+    for what, first, second in (
+        ("text table (sha256)", windows.text_table_sha256, matrices.text_table_sha256),
+        ("atlas", windows.atlas, matrices.atlas),
+        ("number of connectivity codes", reserved, matrices.num_codes),
+    ):
+        if first != second:
+            raise PublishError(
+                f"{where}: expected the {what} of the codec in {checkpoint.folder}, {first}, found "
+                f"{second}. Train both with the same text_model and cohort, and the codec with "
+                f"model.num_connectivity_codes={matrices.num_codes}; or publish each by itself."
+            )
 
 
 def weights_tag(folder: Path) -> str:
     """Name of the tag for the weights in a folder, such as ``w-0123456789ab``."""
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return f"w-{digest.hexdigest()[:12]}"
 
@@ -127,8 +169,8 @@ def without_subjects(value: Any, subject_ids: Iterable[str]) -> Any:
     return cleaned(value)
 
 
-def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any]) -> Path:
-    """Write a PEFT adapter, with its tokenizer and card, into a new folder.
+def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any]) -> str:
+    """Write a PEFT adapter, with its tokenizer and card, into a new folder; its tag is returned.
 
     Parameters
     ----------
@@ -137,16 +179,8 @@ def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any
     base : str
         ``OWNER/NAME`` of the base checkpoint on the Hub; a local path would load nowhere else.
     facts : mapping
-        ``title``, ``license``, ``data`` and ``revision`` (of the base, or None).
-
-    Raises
-    ------
-    PublishError
-        A file is missing.
+        ``title``, ``license``, ``data``, ``privacy`` and ``revision`` (of the base).
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (source / name).is_file():
-            raise PublishError(f"{source}: expected an adapter with {name}, found none.")
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config |= {"base_model_name_or_path": base, "revision": facts["revision"]}
@@ -154,13 +188,14 @@ def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any
     for name in ("adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-    return write_whole(
-        folder / "README.md", render("adapter.md.jinja", {**facts, "base": base, "config": config})
-    )
+    tag = weights_tag(folder)
+    values = {**facts, "base": base, "config": config, "tag": tag}
+    write_whole(folder / "README.md", render("adapter.md.jinja", values))
+    return tag
 
 
-def stage_cohort(cohort: Cohort, folder: Path, repository: str, data: DataFacts) -> Cohort:
-    """Write a cohort in Parquet shards, with its card, into a new folder.
+def stage_cohort(cohort: Cohort, folder: Path, repository: str, data: DataFacts) -> str:
+    """Write a cohort in Parquet shards, with its card, into a new folder; its tag is returned.
 
     Ids that are not public are replaced by ``sub-00001`` and so on, in the order of a hash of
     series and id, which says nothing of the order before.
@@ -179,6 +214,7 @@ def stage_cohort(cohort: Cohort, folder: Path, repository: str, data: DataFacts)
         cohort = renamed(cohort)
     save_cohort(cohort, folder)
     columns = [name for name in cohort.participants.columns if name not in ("session",)]
+    tag = f"c-{cohort.content_hash[:12]}"
     card = render(
         "cohort.md.jinja",
         {
@@ -187,10 +223,11 @@ def stage_cohort(cohort: Cohort, folder: Path, repository: str, data: DataFacts)
             "repository": repository,
             "columns": columns,
             "sites": int(cohort.participants["site"].nunique()),
+            "tag": tag,
         },
     )
     write_whole(folder / "README.md", card)
-    return cohort
+    return tag
 
 
 def renamed(cohort: Cohort) -> Cohort:

@@ -42,9 +42,10 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         (baselines and chance: mappings with ``system``, ``value`` and optionally ``interval``);
         may be empty, and the card then says so.
         ``license`` : str, as the Hub spells it.
-        Optional: ``data`` (fields of `DataFacts`), ``groups`` (list of mappings with ``metric``,
-        ``part``, ``smallest`` and ``rows`` of ``by``, ``group``, ``num_subjects``, ``value``,
-        ``interval``), ``repository``, ``revision``, ``privacy`` (str).
+        Optional: ``connectome_training`` (as ``training``) and ``connectome_scans`` (int) of a
+        second stream in the subfolder ``connectome``, ``data`` (fields of `DataFacts`), ``groups``
+        (list of mappings with ``metric``, ``part``, ``smallest`` and ``rows`` of ``by``, ``group``,
+        ``num_subjects``, ``value``, ``interval``), ``repository``, ``revision``, ``privacy`` (str).
 
     Returns
     -------
@@ -65,7 +66,14 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         "repository": None,
         "revision": None,
         "privacy": None,
+        "connectome_training": None,
+        "connectome_scans": None,
     }
+    lm = config if config["model_type"] == "avq_lm" else None
+    codec, second = config.get("avq_config", config), folder / "connectome"
+    connectome = config.get("connectome_config")
+    if (second / "config.json").is_file():
+        connectome = _config(second)
     try:
         body = render(
             "checkpoint.md.jinja",
@@ -74,8 +82,12 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
                 **facts,
                 "scores": scores,
                 "kind": config["model_type"],
-                "codec": config.get("avq_config", config),
-                "lm": config if config["model_type"] == "avq_lm" else None,
+                "codec": codec,
+                "tokens": _tokens(codec),
+                "connectome": connectome,
+                "lm": lm,
+                "prompt_parts": _prompt_parts(lm) if lm else [],
+                "starts": _starts(lm, codec) if lm else [],
             },
         )
         header = _header(facts, scores)
@@ -172,6 +184,28 @@ def _config(folder: Path) -> dict[str, Any]:
             f"{config.get('model_type')!r}."
         )
     return config
+
+
+def _tokens(codec: Mapping[str, Any]) -> int | None:
+    """Tokens of one window of the training atlas; None for the other stream."""
+    if codec["model_type"] != "avq":
+        return None
+    patches = codec["window_length"] // codec["patch_length"]
+    if codec["token_layout"] == "grid":
+        return int(patches * len(codec["region_labels"] or ()))
+    return int(patches * codec["num_latents"])
+
+
+def _prompt_parts(lm: Mapping[str, Any]) -> list[str]:
+    """What a prompt holds of a scan, in words."""
+    windows = lm["windows_per_prompt"]
+    parts = [f"{windows} window{'s' if windows > 1 else ''}"] if windows else []
+    return parts + (["the connectivity"] if lm.get("connectome_config") else [])
+
+
+def _starts(lm: Mapping[str, Any], codec: Mapping[str, Any]) -> list[int]:
+    """First samples of as many windows as a prompt holds, one after the other."""
+    return [number * codec["window_length"] for number in range(lm["windows_per_prompt"])]
 
 
 def _score(score: Mapping[str, Any]) -> dict[str, Any]:

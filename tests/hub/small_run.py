@@ -1,5 +1,6 @@
 """Writes a finished run in small: what `make demo` leaves behind, untrained, in a second."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cortexicon.cohorts import make_split, save_cohort, simulate_cohort
 from cortexicon.inference.connectome import cohort_matrices
+from cortexicon.inference.exposure import blur_exposed, connectome_latents
 from cortexicon.modeling import (
     AVQConfig,
     AVQConnectomeConfig,
@@ -33,21 +35,29 @@ def write_small_run(folder: Path) -> None:
         "region_labels": list(cohort.labels),
         "region_coordinates": cohort.coordinates.tolist(),
     }
-    codec = _codec(cohort, split, atlas)
+    codec, connectome = _codec(cohort, split, atlas), _connectome(cohort, split, atlas)
     tokenizer, gpt2 = _text()
-    codec.set_text_space(gpt2.get_input_embeddings().weight, "tiny")
+    for stream in (codec, connectome):
+        stream.set_text_space(gpt2.get_input_embeddings().weight, "tiny")
     targets = [{"name": "age", "kind": "number", "question": "Age?", "minimum": 15, "maximum": 85}]
-    lm = AVQLMForConditionalGeneration.from_avq_and_lm(
-        codec, gpt2, tokenizer, windows_per_prompt=1, targets=targets
+    lm, two = (
+        AVQLMForConditionalGeneration.from_avq_and_lm(
+            codec, copy.deepcopy(gpt2), tokenizer, more, windows_per_prompt=1, targets=targets
+        )
+        for more in (None, connectome)
     )
     extractor = AVQFeatureExtractor(window_length=WINDOW, patch_length=PATCH, **atlas)
-    processor = AVQProcessor(extractor, tokenizer, tokens_per_window=codec.config.tokens_per_window)
-    for name, model in (("avq", codec), ("lm", lm)):
+    tokens = codec.config.tokens_per_window
+    for name, model, more in (
+        ("avq", codec, None),
+        ("lm", lm, None),
+        ("two", two, connectome.config.num_tokens),
+    ):
         model.eval().save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
-    _connectome(cohort, split, atlas).eval().save_pretrained(folder / "connectome")
+        AVQProcessor(extractor, tokenizer, tokens, more).save_pretrained(folder / name)
+    connectome.eval().save_pretrained(folder / "connectome")
     _adapter(lm, folder / "adapter")
-    for name in ("avq", "lm", "connectome"):
+    for name in ("avq", "lm", "two", "connectome"):
         _facts(folder, name, cohort, split)
     _results(folder, split)
 
@@ -59,7 +69,7 @@ def _codec(cohort, split, atlas) -> AVQModel:
             patch_length=PATCH,
             num_latents=2,
             num_codes=CODES,
-            num_connectivity_codes=4,
+            num_connectivity_codes=CODES,
             hidden_size=16,
             intermediate_size=16,
             num_attention_heads=2,
@@ -96,6 +106,8 @@ def _connectome(cohort, split, atlas) -> AVQConnectomeModel:
     scans = cohort_matrices(cohort, split[0]["train"])
     dealt = model.start_components(scans.matrices, region_mask=scans.region_mask)
     model.start_codebook(dealt, iterations=4, seed=0)
+    # Eight codes of 40 people: one of them may well be a single person's.
+    blur_exposed(model.quantizer, connectome_latents(model, cohort, split[0]["train"]))
     return model
 
 
@@ -109,7 +121,7 @@ def _text() -> tuple[AVQTokenizer, GPT2LMHeadModel]:
     end = text.eos_token_id
     sizes = {"vocab_size": len(text), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}
     gpt2 = GPT2LMHeadModel(GPT2Config(bos_token_id=end, eos_token_id=end, **sizes))
-    return AVQTokenizer.from_text_tokenizer(text, CODES, 4), gpt2
+    return AVQTokenizer.from_text_tokenizer(text, CODES, CODES), gpt2
 
 
 def _adapter(lm, folder: Path) -> None:
@@ -127,6 +139,7 @@ def _facts(folder: Path, name: str, cohort, split) -> None:
         "arguments": {
             "cohort": str(folder / "cohort"),
             "split": str(folder / "split.json"),
+            "connectome": str(folder / "connectome"),
             "fold": 0,
             "seed": 0,
         },

@@ -33,9 +33,23 @@ with torch.no_grad():
     plain = model(**inputs).logits
 found = list(plain.shape)
 """
+PULL_BOTH = """
+from transformers import AutoModel, AutoProcessor
+pinned = {"revision": revision}
+model = AutoModel.from_pretrained(name, **pinned)
+connectome = AutoModel.from_pretrained(name, subfolder="connectome", **pinned)
+processor = AutoProcessor.from_pretrained(name, **pinned)
+series = torch.randn(90, 48, generator=torch.Generator().manual_seed(0)).numpy() + 100
+scan = processor(fmri=series, tr=2.0)
+ids = processor(
+    text="Age?", codes=model.encode(scan["input_values"]).codes,
+    connectivity_codes=connectome.encode(scan["connectivity"]).codes,
+)["input_ids"]
+found = [type(model).__name__, type(connectome).__name__, int((ids > 256).sum())]
+"""
 PULL_ADAPTER = """
 from peft import PeftModel
-adapted = PeftModel.from_pretrained(model, adapter).eval()
+adapted = PeftModel.from_pretrained(model, adapter, revision=revision).eval()
 with torch.no_grad():
     found = float((adapted(**inputs).logits - plain).abs().max())
 """
@@ -43,9 +57,10 @@ PULL_COHORT = """
 import huggingface_hub
 from datasets import load_dataset
 from cortexicon.cohorts import load_cohort
-stream = load_dataset(name, split="train", streaming=True)
+stream = load_dataset(name, split="train", streaming=True, revision=revision)
 first = next(iter(stream))
-whole = load_cohort(huggingface_hub.snapshot_download(name, repo_type="dataset"))
+whole = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision)
+whole = load_cohort(whole)
 found = [first["subject_id"], len(first["time_series"]), whole.content_hash]
 """
 PULL_METRIC = """
@@ -115,38 +130,79 @@ def test_language_model_and_adapter(client, hub, run_folder):
     code, out = client.cli("publish", run_folder, "user/reader")  # of a run, its language model
     assert code == 0, out
     assert client.run(PULL_LM, name="user/reader")[2] > 256
+    ((base, _),) = hub.repository("user/reader").tags.items()
     code, out = client.cli(
         *("publish", run_folder / "adapter", "user/adapter", "--data", "simulated"),
-        *("--base", "user/reader", "--cohort", run_folder / "cohort"),
+        *("--base", f"user/reader@{base}", "--cohort", run_folder / "cohort"),
     )
     assert code == 0, out
+    ((pin, _),) = hub.repository("user/adapter").tags.items()
+    card = held(hub, "user/adapter")["README.md"].decode()
+    assert f'"user/reader", revision="{base}"' in card
+    assert f'"user/adapter", revision="{pin}"' in card
+    assert "holds nothing of a codec and no row of a code" in card
     assert json.loads(held(hub, "user/adapter")["adapter_config.json"])[
         "base_model_name_or_path"
     ] == ("user/reader")
-    assert 0 < client.run(PULL_ADAPTER, adapter="user/adapter") < 10
+    assert 0 < client.run(PULL_ADAPTER, adapter="user/adapter", revision=pin) < 10
 
 
 def test_the_connectivity_stream(client, hub, run_folder):
     code, out = client.cli("publish", run_folder / "connectome", "user/matrices")
-    if code == 2 and "cortexicon protect" in out:  # eight codes of 40 people: it may happen
-        assert client.cli("protect", run_folder / "connectome")[0] == 0
-        code, out = client.cli("publish", run_folder / "connectome", "user/matrices")
     assert code == 0, out
     kind = "from transformers import AutoModel\nfound = type(AutoModel.from_pretrained(name))"
     assert client.run(kind + ".__name__", name="user/matrices") == "AVQConnectomeModel"
     assert "training mean alone (chance)" in held(hub, "user/matrices")["README.md"].decode()
 
 
+def test_both_streams_lie_in_one_repository(client, hub, run_folder, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(run_folder / "results.json", run)
+    for stream in ("avq", "connectome"):
+        shutil.copytree(run_folder / stream, run / stream)
+    code, out = client.cli("publish", run, "user/both")
+    assert code == 0, out
+    files = held(hub, "user/both")
+    assert {"model.safetensors", "connectome/model.safetensors", "connectome/run.json"} <= set(files)
+    assert "modeling_avq_connectome.py" in files
+    assert not [name for name in files if name.startswith("connectome/") and name.endswith(".py")]
+    card = files["README.md"].decode()
+    assert 'AutoModel.from_pretrained(checkpoint, subfolder="connectome", **pinned)' in card
+    assert "R2 of the reconstruction" in card
+    assert "PCA 192 + k-means 8192, triples: 64 tokens" in card
+    assert card.count("Privacy of the codebook: no code lies") == 2
+    ((tag, _),) = hub.repository("user/both").tags.items()
+    found = client.run(PULL_BOTH, name="user/both", revision=tag)
+    # 2 windows of 4 tokens and 4 of connectivity, their markers, and the separator of windows
+    assert found == ["AVQModel", "AVQConnectomeModel", 2 * 4 + 4 + 4 + 1]
+
+
+def test_streams_of_two_vocabularies_stay_apart(client, run_folder, tmp_path):
+    run = tmp_path / "run"
+    for stream in ("avq", "connectome"):
+        shutil.copytree(run_folder / stream, run / stream)
+    config = json.loads((run / "connectome/config.json").read_text())
+    config["text_table_sha256"] = "0" * 64
+    (run / "connectome/config.json").write_text(json.dumps(config))
+    code, out = client.cli("publish", run, "user/apart", "--dry-run", "--out", tmp_path / "out")
+    assert code == 2
+    assert "expected the text table (sha256) of the codec" in out
+
+
 def test_a_cohort_streams(client, hub, run_folder):
     code, out = client.cli("publish", run_folder / "cohort", "user/cohort")
     assert code == 0, out
-    first, length, content_hash = client.run(PULL_COHORT, name="user/cohort")
+    ((tag, _),) = hub.repository("user/cohort", "dataset").tags.items()
+    first, length, content_hash = client.run(PULL_COHORT, name="user/cohort", revision=tag)
     assert first.startswith("sim-")
     assert length > 100
     assert (
         content_hash == json.loads((run_folder / "cohort/cohort.json").read_text())["content_hash"]
     )
-    assert b"data_files: data/*.parquet" in held(hub, "user/cohort", "dataset")["README.md"]
+    card = held(hub, "user/cohort", "dataset")["README.md"].decode()
+    assert "data_files: data/*.parquet" in card
+    assert f'streaming=True, revision="{tag}")' in card
 
 
 def test_a_metric_loads_by_its_name(client, hub, repository):
@@ -184,6 +240,7 @@ def test_a_dry_run_writes_what_would_be_pushed_and_asks_nobody(client, hub, run_
         (["avq", "user/x", "--license", "mit", "--data", "DATA"], "cannot carry the licence 'mit'"),
         (["avq", "user/x", "--data", "missing.yaml"], "found nothing"),
         (["adapter", "user/x"], "needs --base"),
+        (["adapter", "user/x", "--base", "user/reader", "--data", "simulated"], "NAME@REVISION"),
         (["avq", "user/x", "--cohort", "nowhere"], "the cohort of training is not there"),
     ],
 )

@@ -51,7 +51,7 @@ def test_a_card_holds_the_facts_and_a_readable_header(folder):
     assert "| r2 | **this checkpoint** | **0.457** | test | 5 |" in text
     assert "cortexicon evaluate avq cohort" in text
     assert "simulated data only" in text
-    assert "8192, `latent` layout" in text
+    assert "each one of 8192 codes (`latent` layout" in text
     card = ModelCard.load(path)
     assert card.data.license == "apache-2.0"
     (result,) = card.data.eval_results
@@ -127,7 +127,7 @@ def test_a_card_of_a_language_model_says_what_it_was_asked(checkpoints):
     assert "| prompt | 2 windows of a scan, then a question |" in text
     assert '| answers on age | to "Age?": 15 to 85 |' in text
     assert '| answers on sex | to "Sex?": F, M |' in text
-    assert "16, `latent` layout, patches of 10 samples" in text
+    assert "4 tokens a window, each one of 16 codes (`latent` layout, patches of 10" in text
     codec = write_model_card(checkpoints / "avq", FACTS).read_text(encoding="utf-8")
     assert "autoencoder (AVQ) of parcellated fMRI: it turns windows" in codec
     assert "answers on" not in codec
