@@ -57,7 +57,7 @@ def stage(source: Path, folder: Path, arguments: argparse.Namespace) -> str:
         "data": data._asdict(),
         "repository": arguments.repository,
         "revision": revision,
-        "privacy": _privacy(source, arguments.cohort),
+        "privacy": privacy_of(source, arguments.cohort),
     }
     tag = stage_adapter(source, folder, base, facts)
     ids = () if arguments.cohort is None else gather.names_of(gather.load(arguments.cohort))
@@ -72,7 +72,7 @@ def stage(source: Path, folder: Path, arguments: argparse.Namespace) -> str:
     return tag
 
 
-def _privacy(source: Path, cohort: Path | None) -> str:
+def privacy_of(source: Path, cohort: Path | None) -> str:
     """What the card says of the codes, after a comparison where the adapter holds rows of them."""
     tensors = load_file(source / "adapter_model.safetensors")
     inside = [name for name in tensors if _CODEC.search(name)]

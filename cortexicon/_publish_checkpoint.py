@@ -26,6 +26,7 @@ from cortexicon.model_cards import (
     check_licenses,
     stage_checkpoint,
     weights_license,
+    without_places,
     without_subjects,
     write_eval_results,
     write_license,
@@ -90,6 +91,7 @@ def stage(
             "connectome_training": second["training"],
             "connectome_scans": second["cohort"]["num_training_scans"],
         }
+    facts = without_places(facts)
     write_model_card(folder, facts)
     dataset = f"{arguments.repository.partition('/')[0]}/{run.name}"
     write_eval_results(folder, facts, dataset)
@@ -98,8 +100,9 @@ def stage(
         results = {"scores": parts[name]["scores"], "groups": parts[name]["groups"]}
         results |= one.results if not name else {}
         for file, values in (("results.json", results), ("run.json", one.values)):
-            cleaned = json.dumps(without_subjects(values, one.cohort.subject_ids), indent=1)
-            (folder / name / file).write_text(cleaned + "\n", encoding="utf-8")
+            cleaned = without_places(without_subjects(values, one.cohort.subject_ids))
+            text = json.dumps(cleaned, indent=1)
+            (folder / name / file).write_text(text + "\n", encoding="utf-8")
     refuse(source, check_folder(folder, gather.names_of(run.cohort)))
     for name, model in loaded.models.items():
         check_clean_load(folder, model, name)
@@ -188,18 +191,23 @@ def check_rows(
         rows = table.detach()[offsets[name] :][: codec.config.num_codes]
         if not torch.equal(rows, codec.project_codebook()):
             moved = True
-            checked(source, find_exposed_rows(codec, rows, stream.latents), {})
+            advice = "Train without rows of codes (train_code_rows, trainable_token_indices)."
+            checked(source, find_exposed_rows(codec, rows, stream.latents), {}, advice)
     return moved
 
 
-def checked(source: Path, found: Exposure, values: Mapping[str, Any]) -> str:
+_PROTECT = "Run `cortexicon protect` on the codec, score it, and publish again."
+
+
+def checked(
+    source: Path, found: Exposure, values: Mapping[str, Any], advice: str = _PROTECT
+) -> str:
     """The sentence for the card, or a refusal."""
     if found.exposed:
         raise PublishError(
             f"{source}: {len(found.exposed)} of {found.num_codes} codes (such as "
             f"{found.exposed[0]}) lie within cosine {COSINE} of one training latent, and fewer "
-            f"than {SUBJECTS} people map to them: they are, in effect, one person's. Run "
-            f"`cortexicon protect` on the codec, score it, and publish again."
+            f"than {SUBJECTS} people map to them: they are, in effect, one person's. {advice}"
         )
     protected = int(values.get("protected_codes", 0))
     return (

@@ -10,6 +10,7 @@ from .stage import (
     stage_checkpoint,
     stage_cohort,
     stage_metric,
+    without_places,
     without_subjects,
     write_license,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "stage_cohort",
     "stage_metric",
     "weights_license",
+    "without_places",
     "without_subjects",
     "write_eval_results",
     "write_license",

@@ -87,9 +87,12 @@ def push_folder(
                 space_sdk="gradio" if kind == "space" else None,
             )
             return _push_once(api, folder, repository, kind, str(made), message)
-        except (HTTPError, OSError, ValueError) as error:
+        except (HTTPError, OSError, ValueError, RuntimeError) as caught:
+            error = _cause(caught)
+            if isinstance(error, RuntimeError):  # no fault of the network
+                raise
             if not _passes(error) or pause is None:
-                raise PublishError(_advice(error, repository, api.endpoint)) from error
+                raise PublishError(_advice(error, repository, api.endpoint)) from caught
             say(f"{repository}: {_first_line(error)}; again in {pause:g} s")
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
@@ -153,6 +156,13 @@ def _same(path: Path, entry: RepoFile) -> bool:
         return bool(hashlib.sha256(content).hexdigest() == entry.lfs.sha256)
     blob = b"blob %d\0" % len(content) + content
     return hashlib.sha1(blob, usedforsecurity=False).hexdigest() == entry.blob_id
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong with a large file, of which the client says only that it went wrong."""
+    if type(error) is RuntimeError and isinstance(error.__cause__, HTTPError | OSError):
+        return error.__cause__
+    return error
 
 
 def _passes(error: Exception) -> bool:

@@ -15,8 +15,10 @@ import numpy as np
 
 from cortexicon.cohorts.atlases import Atlas, load_atlas
 from cortexicon.inference import Checkpoint, load_checkpoint
+from cortexicon.modeling import AVQConnectomeModel
 
 from .space import ScanReading, ask, read_upload, simulate_reading
+from .space_connectivity import connectome_of, draw_connectivity, read_connectivity
 from .space_limits import ENDINGS, MAX_FILE_BYTES, MAX_QUESTION, SpaceError
 from .space_pictures import draw_answer, draw_brain, draw_carpets, draw_codes
 
@@ -85,7 +87,7 @@ def serve(
         atlas = load_atlas(name or "", folder=Path(atlas_folder))
     reading = simulate_reading(0, checkpoint)  # the first visitor need not wait for imports
     draw_carpets(reading), draw_codes(reading), draw_brain(reading)
-    page = build_page(checkpoint, atlas)
+    page = build_page(checkpoint, atlas, connectome_of(checkpoint))
     page.queue(max_size=16, default_concurrency_limit=1)
     page.launch(
         server_name=host,
@@ -109,8 +111,12 @@ def serve(
     return page
 
 
-def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
-    """The page for one checkpoint; `atlas` serves visitors' volumes."""
+def build_page(
+    checkpoint: Checkpoint, atlas: Atlas | None = None, connectome: AVQConnectomeModel | None = None
+) -> gr.Blocks:
+    """The page for one checkpoint; `atlas` serves visitors' volumes, `connectome` is its second
+    stream.
+    """
     config = checkpoint.codec.config
     targets = checkpoint.model.config.targets or [] if checkpoint.model_type == "avq_lm" else []
     questions = [target["question"] for target in targets]
@@ -174,7 +180,15 @@ def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
                 )
                 codes = _image("codes")
                 _heading("Where the signal is kept", "R² of every region at its place.")
-                brain = _image("brain")
+                pictures = [carpets, codes, _image("brain")]
+                if connectome is not None:
+                    _heading(
+                        "Its connectivity",
+                        "Left how the series of any two regions go together over the whole scan, "
+                        f"right what {connectome.config.num_tokens} further codes give back: the "
+                        "stream that holds what is the person's own.",
+                    )
+                    pictures.append(_image("connectivity"))
 
         def show(which: str) -> tuple[Any, Any]:
             return gr.update(visible=which == SIMULATED), gr.update(visible=which == UPLOADED)
@@ -194,12 +208,15 @@ def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
                     reading = read_upload(path, checkpoint, seconds or None, atlas, labels)
                 else:
                     reading = simulate_reading(int(number or 0), checkpoint)
-                pictures = [draw_carpets(reading), draw_codes(reading), draw_brain(reading)]
+                drawn = [draw_carpets(reading), draw_codes(reading), draw_brain(reading)]
+                if connectome is not None:
+                    found = read_connectivity(reading, connectome)
+                    drawn.append(draw_connectivity(reading, found))
                 said = answer_to(reading, asked) if questions else ["", gr.update(visible=False)]
-                return [reading, _facts(reading), *said, *pictures]
+                return [reading, _facts(reading), *said, *drawn]
 
-            nothing = [None, "", gr.update(value=None, visible=False), None, None, None]
-            return guarded(work, lambda text: [nothing[0], _wrong(text), *nothing[1:]])
+            empty = ["", gr.update(value=None, visible=False), *[None] * len(pictures)]
+            return guarded(work, lambda text: [None, _wrong(text), *empty])
 
         def answer_again(reading: ScanReading | None, asked: str) -> list[Any]:
             if reading is None:
@@ -217,7 +234,7 @@ def build_page(checkpoint: Checkpoint, atlas: Atlas | None = None) -> gr.Blocks:
             return guarded(work, lambda text: [_wrong(text), gr.update(value=None, visible=False)])
 
         inputs = [source, person, scan_file, label_file, tr, question]
-        outputs = [kept, facts, answer, answer_picture, carpets, codes, brain]
+        outputs = [kept, facts, answer, answer_picture, *pictures]
         # Whoever opens the page sees what it does.
         page.load(
             read,

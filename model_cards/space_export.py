@@ -21,8 +21,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import cortexicon
 from cortexicon.cohorts.atlas_files import find_known, known_atlas
 from cortexicon.inference import load_checkpoint
+from cortexicon.inference.connectome import is_connectome
 
 from .space_limits import SpaceError
+from .stage import CONNECTOME
 
 ROOMS = ("modeling", "tokenization", "cohorts", "inference", "model_cards")
 #: What the page imports; Gradio itself comes with the Space's SDK.
@@ -94,6 +96,11 @@ def export_space(
     for pattern in CHECKPOINT_FILES:
         for path in sorted(Path(checkpoint).glob(pattern)):
             shutil.copyfile(path, part / "checkpoint" / path.name)
+    if is_connectome(Path(checkpoint) / CONNECTOME):
+        (part / "checkpoint" / CONNECTOME).mkdir()
+        for name in ("config.json", "model.safetensors"):
+            source = Path(checkpoint) / CONNECTOME / name
+            shutil.copyfile(source, part / "checkpoint" / CONNECTOME / name)
     for path in filter(None, atlas):
         (part / "atlas").mkdir(exist_ok=True)
         shutil.copyfile(path, part / "atlas" / path.name)

@@ -41,7 +41,7 @@ def draw_carpets(reading: ScanReading) -> np.ndarray:
     -------
     uint8 array, (height, width, 3)
     """
-    order, groups = _region_order(reading)
+    order, groups = region_order(reading)
     step, windows = _sampling_interval(reading), len(reading.codes)
     seconds = len(reading.raw) * step
 
@@ -65,12 +65,12 @@ def draw_carpets(reading: ScanReading) -> np.ndarray:
             axes.set_xlabel("time (s)")
             axes.spines[:].set_visible(False)
             axes.set_yticks([])
-        _name_groups(panels[0], groups)
+        name_groups(panels[0], groups)
         bar = figure.colorbar(image, ax=panels, shrink=0.6, pad=0.015, aspect=24)
         bar.set_label("signal (SD of the region)")
         bar.outline.set_visible(False)
 
-    return _picture(3.5, draw)
+    return picture(3.5, draw)
 
 
 def draw_codes(reading: ScanReading) -> np.ndarray:
@@ -125,7 +125,7 @@ def draw_codes(reading: ScanReading) -> np.ndarray:
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
 
-    return _picture(1.9 if rows <= 4 else 3.0, draw)
+    return picture(1.9 if rows <= 4 else 3.0, draw)
 
 
 def draw_brain(reading: ScanReading) -> np.ndarray:
@@ -181,7 +181,7 @@ def draw_brain(reading: ScanReading) -> np.ndarray:
         bar.set_label("R² of the region")
         bar.outline.set_visible(False)
 
-    return _picture(2.6, draw)
+    return picture(2.6, draw)
 
 
 def draw_answer(answer: SpaceAnswer, truth: str = "") -> np.ndarray | None:
@@ -232,10 +232,10 @@ def draw_answer(answer: SpaceAnswer, truth: str = "") -> np.ndarray | None:
 
     numbers = answer.number is not None
     height = 1.9 if numbers else 0.5 + 0.45 * len(shares)
-    return _picture(height, draw_numbers if numbers else draw_classes, width=6.2)
+    return picture(height, draw_numbers if numbers else draw_classes, width=6.2)
 
 
-def _picture(height: float, draw: Any, width: float = WIDTH_INCHES) -> np.ndarray:
+def picture(height: float, draw: Any, width: float = WIDTH_INCHES) -> np.ndarray:
     """What `draw` puts on a new figure, as pixels."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -254,7 +254,7 @@ def _sampling_interval(reading: ScanReading) -> float:
     return float(reading.checkpoint.processor.feature_extractor.sampling_interval)
 
 
-def _region_order(reading: ScanReading) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+def region_order(reading: ScanReading) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
     """Rows by hemisphere, front to back; and (name, first row, row after the last) of each side."""
     places = np.asarray(
         reading.checkpoint.processor.feature_extractor.region_coordinates, np.float64
@@ -265,7 +265,7 @@ def _region_order(reading: ScanReading) -> tuple[np.ndarray, list[tuple[str, int
     return order, [("left", 0, split), ("right", split, len(order))]
 
 
-def _name_groups(axes: Any, groups: list[tuple[str, int, int]]) -> None:
+def name_groups(axes: Any, groups: list[tuple[str, int, int]]) -> None:
     """Hemispheres as bars left of the regions."""
     from matplotlib.patches import Rectangle
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +27,8 @@ They were fitted on: {data}
 The code files (*.py) are part of cortexicon and under the Apache License, Version 2.0:
 http://www.apache.org/licenses/LICENSE-2.0
 """
+# An absolute path, alone or in a command; not what follows a scheme or a relative path.
+_PLACE = re.compile(r"(?<![\w.:/~-])(?:/[\w.@+~-]+){2,}")
 _URLS = {
     "apache-2.0": "http://www.apache.org/licenses/LICENSE-2.0",
     "cc0-1.0": "https://creativecommons.org/publicdomain/zero/1.0/",
@@ -104,6 +107,10 @@ def stage_checkpoint(source: Path, folder: Path, connectome: Path | None = None)
         # NOTE: transformers looks for code files in the repository's root, whatever the subfolder.
         for path in (folder / subfolder).glob("*.py") if subfolder else ():
             path.replace(folder / path.name)
+    for path in (*folder.glob("*.json"), *folder.glob("*/*.json")):
+        if path.name != "tokenizer.json":
+            content = without_places(json.loads(path.read_text(encoding="utf-8")))
+            write_whole(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return Loaded(models, weights_tag(folder))
 
 
@@ -167,6 +174,17 @@ def without_subjects(value: Any, subject_ids: Iterable[str]) -> Any:
         return one
 
     return cleaned(value)
+
+
+def without_places(value: Any) -> Any:
+    """A JSON value in which paths of one machine are shortened to their last two parts."""
+    if isinstance(value, Mapping):
+        return {key: without_places(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [without_places(one) for one in value]
+    if isinstance(value, str):
+        return _PLACE.sub(lambda match: "/".join(match[0].split("/")[-2:]), value)
+    return value
 
 
 def stage_adapter(source: Path, folder: Path, base: str, facts: Mapping[str, Any]) -> str:

@@ -40,6 +40,8 @@ class Fault:
         How often; then the fault is over.
     late : bool
         The request is carried out, and then its answer is lost (with `drop_after`) or replaced.
+    wait_after : float
+        Seconds between carrying the request out and answering.
     """
 
     pattern: str
@@ -48,6 +50,7 @@ class Fault:
     delay: float = 0.0
     times: int = 1
     late: bool = False
+    wait_after: float = 0.0
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Repository:
     kind: str
     name: str
     private: bool
+    sdk: str | None = None
     commits: list[Commit] = field(default_factory=list)
     refs: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
@@ -191,6 +195,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer = (lambda *_, **__: None) if fault.drop_after >= 0 else self._answer
                 self._route()
                 raise _Dropped
+            if fault is not None and fault.wait_after:
+                answers: list = []
+                self._answer = lambda *given, **named: answers.append((given, named))
+                self._route()
+                time.sleep(fault.wait_after)
+                del self._answer  # the method again
+                for given, named in answers:
+                    self._answer(*given, **named)
+                return
             self._route()
         except _Dropped:
             self.close_connection = True
@@ -204,12 +217,22 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Dropped
         if self.headers.get("Transfer-Encoding") == "chunked":
             parts = []
-            while size := int(self.rfile.readline().strip() or b"0", 16):
+            while size := int(self._line(), 16):
                 parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
+                self._line()
+            self._line()
             return b"".join(parts)
-        return self.rfile.read(length)
+        body = self.rfile.read(length)
+        if len(body) < length:  # the client is gone, and half a request asks for nothing
+            raise _Dropped
+        return body
+
+    def _line(self) -> bytes:
+        """A line between chunks; the last one, and that after a chunk, are empty but for CRLF."""
+        line = self.rfile.readline()
+        if not line:
+            raise _Dropped
+        return line.strip()
 
     def _answer(self, value=None, status=200, headers=None, content=None) -> None:
         body = json.dumps(value).encode() if content is None else content
@@ -279,12 +302,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.repositories.pop(key, None)
             self._answer({})
             return
+        if key[0] == "space" and not asked.get("sdk"):
+            self._fail(400, "A Space needs an SDK.")
+            return
         url = f"{self.hub.url}/{'' if key[0] == 'model' else key[0] + 's/'}{name}"
         if key in self.hub.repositories:
             self._answer({"error": "You already created this repo", "url": url}, 409)
             return
         made = Repository(
-            *key, private=asked.get("private") or asked.get("visibility") == "private"
+            *key,
+            private=asked.get("private") or asked.get("visibility") == "private",
+            sdk=asked.get("sdk"),
         )
         made.commit("initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         self.hub.repositories[key] = made

@@ -1,7 +1,10 @@
 """`cortexicon publish` of everything that can be published, and what comes back."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -62,6 +65,10 @@ first = next(iter(stream))
 whole = huggingface_hub.snapshot_download(name, repo_type="dataset", revision=revision)
 whole = load_cohort(whole)
 found = [first["subject_id"], len(first["time_series"]), whole.content_hash]
+"""
+PULL_SPACE = """
+import huggingface_hub
+found = huggingface_hub.snapshot_download(name, repo_type="space")
 """
 PULL_METRIC = """
 import evaluate
@@ -125,7 +132,7 @@ def test_a_card_states_scores_beside_chance_and_by_group(hub):
 
 
 def test_language_model_and_adapter(client, hub, run_folder):
-    stub = "import cortexicon.model_cards as m\nm.check_clean_load = lambda *_: None"
+    stub = "import cortexicon._publish_checkpoint as m\nm.check_clean_load = lambda *_: None"
     client.run(stub)  # one whole load without the package a module is enough; see test_release.py
     code, out = client.cli("publish", run_folder, "user/reader")  # of a run, its language model
     assert code == 0, out
@@ -164,7 +171,9 @@ def test_both_streams_lie_in_one_repository(client, hub, run_folder, tmp_path):
     code, out = client.cli("publish", run, "user/both")
     assert code == 0, out
     files = held(hub, "user/both")
-    assert {"model.safetensors", "connectome/model.safetensors", "connectome/run.json"} <= set(files)
+    assert {"model.safetensors", "connectome/model.safetensors", "connectome/run.json"} <= set(
+        files
+    )
     assert "modeling_avq_connectome.py" in files
     assert not [name for name in files if name.startswith("connectome/") and name.endswith(".py")]
     card = files["README.md"].decode()
@@ -213,6 +222,41 @@ def test_a_metric_loads_by_its_name(client, hub, repository):
     code, out = client.cli("publish", folder, "user/other")
     assert code == 2
     assert "expected a repository named fmri_reconstruction" in out
+
+
+def test_a_space_goes_up_and_runs_from_what_comes_back(client, hub, run_folder, tmp_path):
+    pytest.importorskip("gradio", reason="needs pip install 'cortexicon[demo]'")
+    space = tmp_path / "try-it"
+    assert client.cli("space", run_folder / "avq", "--export", space, "--title", "Try it")[0] == 0
+    for _ in range(2):  # the second time there is nothing left to do
+        code, out = client.cli("publish", space, "user/try-it")
+        assert code == 0, out
+    found = hub.repository("user/try-it", "space")
+    assert found.sdk == "gradio"
+    assert len(found.commits) == 2
+    sent = {
+        path.relative_to(space).as_posix(): path.read_bytes()
+        for path in space.rglob("*")
+        if path.is_file()
+    }
+    assert {name: text for name, text in found.head.files.items() if name in sent} == sent
+    assert set(found.head.files) - set(sent) == {".gitattributes"}
+
+    down = client.run(PULL_SPACE, name="user/try-it")
+    script = "import runpy\nfrom cortexicon.model_cards import space_app\n"
+    script += "space_app.serve = lambda *a, **k: print(a[0].name, space_app.__file__)\n"
+    script += "runpy.run_path('app.py', run_name='__main__')"
+    done = subprocess.run(  # no PYTHONPATH: the package is the one that came back
+        [sys.executable, "-c", script],
+        cwd=down,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("checkpoint ")
+    assert str(down) in done.stdout
 
 
 def test_a_dry_run_writes_what_would_be_pushed_and_asks_nobody(client, hub, run_folder, tmp_path):

@@ -58,13 +58,25 @@ def test_a_private_repository_is_private(client, hub, folder):
     [
         {"pattern": "POST .*/commit/", "status": 503, "times": 2},
         {"pattern": "POST .*/commit/", "status": 429},
+        {"pattern": "PUT /lfs", "status": 500},
+        {"pattern": "POST .*info/lfs/objects/batch", "status": 429},
         {"pattern": "POST .*/commit/", "drop_after": 50},
         {"pattern": "POST .*/commit/", "drop_after": 0, "late": True},
         {"pattern": "POST .*/commit/", "status": 412},
         {"pattern": "PUT /lfs", "drop_after": 1000},
         {"pattern": "POST .*preupload", "delay": 1.0},
     ],
-    ids=["busy", "too many", "dropped", "answer lost", "somebody else", "in a file", "slow"],
+    ids=[
+        "busy",
+        "too many",
+        "storage fails",
+        "storage is busy",
+        "dropped",
+        "answer lost",
+        "somebody else",
+        "in a file",
+        "slow",
+    ],
 )
 def test_what_fails_in_passing_is_done_again_once(client, hub, folder, fault, values):
     push(client, folder, "user/faulty")
@@ -86,6 +98,20 @@ def test_a_hub_that_stays_away_changes_nothing_and_says_so(client, hub, folder, 
     assert "503" in message
     assert "Nothing was changed there" in message
     assert remote(hub, "user/away") == held
+
+
+@pytest.mark.parametrize("where", ["POST .*preupload", "PUT /lfs", "POST .*/commit/"])
+def test_a_token_revoked_on_the_way_changes_nothing(client, hub, folder, fault, where):
+    push(client, folder, "user/revoked")
+    held = remote(hub, "user/revoked")
+    (folder / "part" / "x.safetensors").write_bytes(where.encode() * 100)
+    hub.faults.append(fault(where, status=401, times=99))
+    message = push(client, folder, "user/revoked")
+    assert "hf auth login" in message
+    assert remote(hub, "user/revoked") == held
+    hub.faults.clear()
+    push(client, folder, "user/revoked")
+    assert remote(hub, "user/revoked") == files(folder)
 
 
 def test_a_bad_token_ends_in_one_line_that_does_not_hold_it(client, hub, folder):

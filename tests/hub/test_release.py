@@ -1,7 +1,9 @@
 """Slow promises: kills at random moments, and environments that never saw the package."""
 
+import ast
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sysconfig
@@ -24,7 +26,8 @@ if not found:
     finally:
         os._exit(1)
 """
-CLEAN = """
+# What a stranger writes who has the libraries and no cortexicon. `found` is printed.
+START = """
 import sys
 import torch
 from transformers import AutoModel, AutoProcessor
@@ -33,15 +36,35 @@ try:
     sys.exit("cortexicon is installed here")
 except ModuleNotFoundError:
     pass
-model = AutoModel.from_pretrained("user/codec", trust_remote_code=True, revision=sys.argv[1])
-processor = AutoProcessor.from_pretrained("user/codec", trust_remote_code=True)
+pinned = {"revision": sys.argv[1], "trust_remote_code": True}
 series = torch.randn(90, 48, generator=torch.Generator().manual_seed(0)).numpy() + 100
-scan = processor.feature_extractor(series, tr=2.0)
-codes = model.encode(**{name: scan[name] for name in scan if name != "num_windows"}).codes
-print("codes", codes.flatten().tolist())
+found = []
+"""
+BOTH = """
+model = AutoModel.from_pretrained("user/both", **pinned)
+connectome = AutoModel.from_pretrained("user/both", subfolder="connectome", **pinned)
+processor = AutoProcessor.from_pretrained("user/both", **pinned)
+scan = processor(fmri=series, tr=2.0)
+found += model.encode(scan["input_values"]).codes.flatten().tolist()
+found += connectome.encode(scan["connectivity"]).codes.flatten().tolist()
+"""
+MATRICES = """
+connectome = AutoModel.from_pretrained("user/matrices", **pinned)
+z = torch.atanh(torch.corrcoef(torch.as_tensor(series, dtype=torch.float64).T).clamp(-0.999, 0.999))
+found += connectome.encode(z.fill_diagonal_(0)[None].float()).codes.flatten().tolist()
+"""
+READER = """
+model = AutoModel.from_pretrained("user/NAME", **pinned).eval()
+processor = AutoProcessor.from_pretrained("user/NAME", **pinned)
+inputs = processor(text="Age?", fmri=series, tr=2.0, window_starts=[0])
+with torch.no_grad():
+    found += [len(inputs["input_ids"][0]), *model(**inputs).logits[0, -1].topk(5).indices.tolist()]
+found += model.generate(**inputs, max_new_tokens=2, do_sample=False)[0, -2:].tolist()
+"""
+COHORT = """
 from datasets import load_dataset
-stream = load_dataset("user/cohort", split="train", streaming=True)
-print("scans", sum(1 for _ in stream))
+stream = load_dataset("user/cohort", split="train", streaming=True, revision=sys.argv[1])
+found += [sum(1 for _ in stream), stream.features["subject_id"].dtype]
 """
 
 
@@ -59,8 +82,12 @@ def test_a_push_killed_at_ten_random_moments_is_all_or_nothing(client, hub, tmp_
     folder = tmp_path / "folder"
 
     def start():
-        # Every request takes a moment, so that a kill finds it at work.
-        hub.faults[:] = [fault(".", delay=0.1, times=10**6)]
+        # Every request takes a moment, so that a kill finds it at work; the one that moves the
+        # branch has an answer that takes as long as all before, so that a kill finds that, too.
+        hub.faults[:] = [
+            fault("POST .*/commit/", delay=0.1, wait_after=1.5, times=10**6),
+            fault(".", delay=0.1, times=10**6),
+        ]
         return client.run(PUSH, folder=str(folder))
 
     def wait(child):
@@ -72,29 +99,37 @@ def test_a_push_killed_at_ten_random_moments_is_all_or_nothing(client, hub, tmp_
         return files
 
     old = make_folder(folder, 0)
+    assert wait(start()) == 0
+    assert remote() == old
+    old = make_folder(folder, 99)
     began = time.monotonic()
     assert wait(start()) == 0
     duration = time.monotonic() - began
-    assert remote() == old
+    commits = len(hub.repository("user/killed").commits)
 
-    seen, chance = {"old": 0, "new": 0}, random.Random(0)
-    for number in range(1, 11):
+    # One random moment in each tenth of a push, in random order.
+    chance = random.Random(0)
+    moments = [(tenth + chance.random()) / 10 * duration for tenth in range(10)]
+    chance.shuffle(moments)
+    seen = {"old": 0, "new": 0}
+    for number, moment in enumerate(moments, 1):
         new = make_folder(folder, number)
         child = start()
-        time.sleep(chance.uniform(0, duration))
+        time.sleep(moment)
         os.kill(child, signal.SIGKILL)
         ended = wait(child)
         assert ended in (-signal.SIGKILL, 0)
         time.sleep(0.5)  # what the Hub was carrying out, it carries out
         found = remote()
-        assert found in (old, new), f"kill {number}: a revision in between"
+        assert found in (old, new), f"kill {number} at {moment:.2f} s: a revision in between"
         seen["new" if found == new else "old"] += 1
         assert wait(start()) == 0
         assert remote() == new
         old = new
     print(seen, f"a push takes {duration:.1f} s")
-    assert seen["old"]  # else the kills came after the work
-    assert len(hub.repository("user/killed").commits) == 12  # the Hub's own, and one of each
+    assert seen["old"] >= 2, seen
+    assert seen["new"] >= 2, seen
+    assert len(hub.repository("user/killed").commits) == commits + 10  # one of each
 
 
 @pytest.fixture(scope="module")
@@ -112,66 +147,71 @@ def clean_python(tmp_path_factory):
     return python
 
 
-def test_a_clean_environment_loads_model_and_cohort(
-    client, hub, run_folder, client_environment, clean_python, tmp_path
-):
-    for what, name in (("avq", "user/codec"), ("cohort", "user/cohort")):
-        code, out = client.cli("publish", run_folder / what, name)
+@pytest.fixture(scope="module")
+def published(client, hub, run_folder, tmp_path_factory):
+    """Everything that is loaded below, on the Hub; gives the pin of each."""
+    both = tmp_path_factory.mktemp("both") / "run"
+    both.mkdir()
+    shutil.copy(run_folder / "results.json", both)
+    for stream in ("avq", "connectome"):
+        shutil.copytree(run_folder / stream, both / stream)
+    pins = {}
+    for name, what, kind in (
+        ("both", both, "model"),
+        ("matrices", run_folder / "connectome", "model"),
+        ("reader", run_folder / "lm", "model"),
+        ("two", run_folder / "two", "model"),
+        ("cohort", run_folder / "cohort", "dataset"),
+    ):
+        code, out = client.cli("publish", what, f"user/{name}")
         assert code == 0, out
-    ((tag, _),) = hub.repository("user/codec").tags.items()
-    environment = {k: v for k, v in client_environment.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home")}
+        ((pins[name], _),) = hub.repository(f"user/{name}", kind).tags.items()
+    return pins
 
-    def run(**more):
+
+@pytest.fixture(scope="module")
+def stranger(client_environment, clean_python, tmp_path_factory):
+    """Runs code in the clean environment; gives what it found."""
+    home = tmp_path_factory.mktemp("home")
+    environment = {k: v for k, v in client_environment.items() if k != "PYTHONPATH"}
+
+    def run(code, pin, **more):
         done = subprocess.run(
-            [clean_python, "-c", CLEAN, tag],
-            env=environment | more,
-            cwd=tmp_path,
+            [clean_python, "-c", f"{START}{code}\nprint('found', found)", pin],
+            env=environment | {"HF_HOME": str(home)} | more,
+            cwd=home,
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        return ast.literal_eval(done.stdout.partition("found ")[2])
 
-    online = run()
-    assert "scans 60" in online
-    found = client.run(
-        "from cortexicon.inference import load_checkpoint\n"
-        "import torch\n"
-        "c = load_checkpoint(folder)\n"
-        "series = torch.randn(90, 48, generator=torch.Generator().manual_seed(0)).numpy() + 100\n"
-        "scan = c.processor.feature_extractor(series, tr=2.0)\n"
-        "inputs = {k: scan[k] for k in scan if k != 'num_windows'}\n"
-        "found = c.model.encode(**inputs).codes.flatten().tolist()",
-        folder=str(run_folder / "avq"),
-    )
-    assert f"codes {found}" in online
+    return run
 
 
-def test_what_was_downloaded_loads_without_a_network(
-    client, hub, run_folder, client_environment, clean_python, tmp_path
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("both", BOTH),
+        ("matrices", MATRICES),
+        ("reader", READER.replace("NAME", "reader")),
+        ("two", READER.replace("NAME", "two")),
+    ],
+)
+def test_models_load_without_the_package_and_then_without_a_network(
+    client, hub, published, stranger, name, code
 ):
-    code, out = client.cli("publish", run_folder / "avq", "user/codec")
-    assert code == 0, out
-    ((tag, _),) = hub.repository("user/codec").tags.items()
-    script = CLEAN.partition("from datasets")[0].replace(
-        "trust_remote_code=True)\nseries", "trust_remote_code=True, revision=sys.argv[1])\nseries"
-    )
-    environment = {k: v for k, v in client_environment.items() if k != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "home")}
-    outs = []
-    for offline in ("0", "1"):
-        asked = len(hub.requests)
-        done = subprocess.run(
-            [clean_python, "-c", script, tag],
-            env=environment | {"HF_HUB_OFFLINE": offline},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        outs.append(done.stdout)
-    assert outs[0] == outs[1] != ""
+    online = stranger(code, published[name])
+    asked = len(hub.requests)
+    assert stranger(code, published[name], HF_HUB_OFFLINE="1") == online
     assert len(hub.requests) == asked
+    # With the package the same numbers come out, and no remote code is run for them.
+    here = "import torch\nfrom transformers import AutoModel, AutoProcessor\nfound = []\n"
+    here += START.partition("pass\n")[2].replace('"trust_remote_code": True', "")
+    here = here.replace("sys.argv[1]", "pin")
+    assert client.run(here + code, pin=published[name]) == online
+
+
+def test_a_cohort_streams_without_the_package(published, stranger):
+    assert stranger(COHORT, published["cohort"]) == [60, "string"]

@@ -16,7 +16,7 @@ from cortexicon.model_cards.checks import (
     subject_id_complaints,
 )
 from cortexicon.model_cards.facts import read_data_facts
-from cortexicon.model_cards.stage import without_subjects
+from cortexicon.model_cards.stage import without_places, without_subjects
 
 IDS = ["CMU_a_0050642", "50642", "7"]
 
@@ -196,6 +196,23 @@ def test_what_is_told_of_single_people_becomes_a_count():
         "left_out": {"count": 1},
         "sites": ["X"],
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("/home/me/runs/demo/text", "demo/text"),
+        ("cortexicon train avq a.yaml --set cohort=/scratch/x/cohort out=runs/y", None),
+        ("../shared/data/abide1", "../shared/data/abide1"),
+        ("runs/demo/avq", "runs/demo/avq"),
+        ("https://example.org/a/b/c", "https://example.org/a/b/c"),
+        ("R2 / max and 3/4/5", "R2 / max and 3/4/5"),
+    ],
+)
+def test_places_on_one_machine_are_shortened(text, wanted):
+    if wanted is None:
+        wanted = text.replace("/scratch/x/cohort", "x/cohort")
+    assert without_places({"a": [text, 1]}) == {"a": [wanted, 1]}
 
 
 def test_card_errors_and_publish_errors_are_the_users():

@@ -2,17 +2,26 @@
 
 import ast
 import html
+import shutil
 import time
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 pytest.importorskip("gradio", reason="needs pip install 'cortexicon[demo]'")
 
-from cortexicon.inference import load_checkpoint
-from cortexicon.model_cards import space, space_app, space_export, space_pictures
+from cortexicon.inference import cohort_matrices, encode_matrices, load_checkpoint
+from cortexicon.model_cards import (
+    space,
+    space_app,
+    space_connectivity,
+    space_export,
+    space_pictures,
+)
 from cortexicon.model_cards.space_limits import SpaceError
+from cortexicon.modeling import AVQConnectomeConfig, AVQConnectomeModel, fisher_z_matrices
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +180,76 @@ def test_an_answer_is_drawn_with_the_truth(reader):
         assert not np.array_equal(plain, told)
     free = space.ask(reading, "Who is this?")
     assert space_pictures.draw_answer(free) is None
+
+
+# ------------------------------------------------------------------------------ two streams
+
+
+@pytest.fixture(scope="module")
+def both(kept_checkpoints, tmp_path_factory):
+    """A codec with the connectivity stream in its subfolder."""
+    folder = tmp_path_factory.mktemp("both") / "checkpoint"
+    shutil.copytree(kept_checkpoints / "avq", folder)
+    config = load_checkpoint(folder).codec.config
+    torch.manual_seed(0)
+    model = AVQConnectomeModel(
+        AVQConnectomeConfig(
+            atlas=config.atlas,
+            region_labels=config.region_labels,
+            region_coordinates=config.region_coordinates,
+            num_tokens=2,
+            num_codes=8,
+            num_maps=4,
+            num_coordinates=10,
+            code_dim=4,
+            text_width=16,
+            position_features=8,
+            projection_hidden_size=8,
+            classifier_hidden_size=8,
+        )
+    )
+    series = torch.randn(30, 50, len(config.region_labels)).cumsum(1)
+    dealt = model.start_components(fisher_z_matrices(series)[0])
+    model.start_codebook(dealt, iterations=2)
+    model.eval().save_pretrained(folder / "connectome")
+    return folder
+
+
+def test_the_connectivity_of_a_scan_is_shown_with_its_codes(both):
+    checkpoint = load_checkpoint(both)
+    model = space_connectivity.connectome_of(checkpoint)
+    reading = space.simulate_reading(5, checkpoint)
+    found = space_connectivity.read_connectivity(reading, model)
+    assert found.codes.shape == (2,)
+    assert found.raw.shape == found.decoded.shape == (len(reading.region_mask),) * 2
+    np.testing.assert_allclose(found.raw, found.raw.T)
+    wanted = encode_matrices(model, cohort_matrices(reading.cohort), reading.cohort.coordinates)
+    np.testing.assert_array_equal(found.codes, wanted[0])
+    assert -1 <= found.kept <= 1
+    first = space_connectivity.draw_connectivity(reading, found)
+    other = space_connectivity.draw_connectivity(reading, found._replace(decoded=-found.decoded))
+    assert first.shape == other.shape
+    assert not np.array_equal(first, other)
+
+
+def test_a_checkpoint_of_one_stream_shows_no_connectivity(reader):
+    assert space_connectivity.connectome_of(reader) is None
+
+
+def test_the_page_and_the_folder_hold_both_streams(both, tmp_path):
+    from gradio_client import Client
+
+    folder = space_export.export_space(both, tmp_path / "space")
+    saved = {path.name for path in (folder / "checkpoint" / "connectome").iterdir()}
+    assert saved == {"config.json", "model.safetensors"}
+    served = space_app.serve(folder / "checkpoint", wait=False)
+    try:
+        facts, _, _, *pictures = read(Client(served.local_url, verbose=False))
+    finally:
+        served.close()
+    assert "R² of what comes back" in facts
+    assert all(pictures)
+    assert len(pictures) == 4
 
 
 # ------------------------------------------------------------------------------ the folder
