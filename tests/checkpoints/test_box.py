@@ -48,12 +48,44 @@ def test_code_is_the_repository_s_and_whole(box):
                 )
 
 
-def test_the_codec_encodes_and_decodes(box):
+def test_the_readme_s_twelve_lines_run(box, repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    scope = {}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], scope)
+    assert scope["box"] == "checkpoints/avq_abide_cc200"
+    assert scope["codes"].shape == (3, 128)
+    assert scope["own"].shape == (1, 64)
+    assert scope["series"].shape == (3, 80, 200)
+    assert scope["matrix"].shape == (1, 200, 200)
+
+
+def test_both_streams_stand_in_one_vocabulary(box):
     folder = box / "avq_abide_cc200"
-    model = AutoModel.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
+    model, processor = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    connectome = AutoModel.from_pretrained(folder, subfolder="connectome")
+    assert model.config.text_table_sha256 == connectome.config.text_table_sha256 is not None
     noise = torch.randn(170, 200, generator=torch.Generator().manual_seed(0)).numpy() + 100
-    scan = processor.feature_extractor(noise, tr=2.0)
-    codes = model.encode(**{name: scan[name] for name in scan if name != "num_windows"}).codes
-    assert codes.shape[1] == 128
-    assert model.decode(codes).reconstruction.shape[1:] == (80, 200)
+    scan = processor(fmri=noise, tr=2.0)
+    ids = processor(
+        text="Age?",
+        codes=model.encode(scan["input_values"]).codes,
+        connectivity_codes=connectome.encode(scan["connectivity"]).codes,
+    )["input_ids"][0]
+    tokens = processor.tokenizer
+    for offset, codes, wanted in (
+        (tokens.fmri_offset, model.config.num_codes, len(scan["input_values"]) * 128),
+        (tokens.connectivity_offset, connectome.config.num_codes, 64),
+    ):
+        assert int(((ids >= offset) & (ids < offset + codes)).sum()) == wanted
+
+
+def test_its_card_runs(box, monkeypatch):
+    text = (box / "avq_abide_cc200" / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = re.sub(r'checkpoint = "[^"]*"', f'checkpoint = "{box / "avq_abide_cc200"}"', code)
+    series = torch.randn(170, 200, generator=torch.Generator().manual_seed(0)).numpy() + 100
+    scope = {"series": series}
+    exec(code, scope)
+    assert scope["decoded"].shape[1:] == (80, 200)
+    assert scope["matrix"].shape == (1, 200, 200)

@@ -4,12 +4,14 @@ import re
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cortexicon.cohorts import save_cohort, simulate_cohort
+from cortexicon.cohorts import load_cohort, save_cohort, simulate_cohort
 from cortexicon.modeling import AVQConfig, AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQFeatureExtractor, AVQProcessor, AVQTokenizer
 
@@ -111,6 +113,18 @@ def test_a_question_is_asked(run, folder, capsys, monkeypatch):
     text = f"\nQuestion: {asked}\nAnswer:"
     assert first.startswith(f"sim-00000: {8 + 2 + len(text)} tokens in. {asked}")
     assert len(shares) == 5
+
+
+def test_a_scan_becomes_a_picture(run, folder, capsys, monkeypatch, tmp_path):
+    scan = next(iter(load_cohort(folder / "cohort")))
+    np.save(tmp_path / "mine.npy", scan.values)
+    for more in ((), (tmp_path / "mine.npy", scan.tr)):
+        out = tmp_path / "picture.png"
+        argv = (folder / "avq", out, *more)
+        assert re.search(r"R2 -?\d\.\d\d", run(capsys, monkeypatch, "picture_of_a_scan.py", *argv))
+        image = Image.open(out)
+        assert image.width == 1100
+        assert len(np.unique(np.asarray(image))) > 50
 
 
 def test_a_bids_folder_becomes_a_cohort(run, capsys, monkeypatch, tmp_path):

@@ -82,3 +82,39 @@ def test_the_twelve_lines_are_twelve(repository, name):
     text = (repository / name).read_text(encoding="utf-8")
     block = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert len([line for line in block.splitlines() if line.strip()]) <= 12
+
+
+LOADS = re.compile(
+    r"(?:from_pretrained|load_dataset|evaluate\.load|snapshot_download)\("
+    r"(?:base, )?\"([^\"/]+/[^\"/]+)\"([^\n]*)"
+)
+
+
+def unpinned(text: str, repository: Path) -> list[str]:
+    """What is loaded by a name of the Hub without saying which revision."""
+    names = [(name, rest) for name, rest in LOADS.findall(text) if not name.startswith("runs/")]
+    return [
+        name
+        for name, rest in names
+        if not (repository / name).exists() and not re.search(r"revision=|\*\*pinned", rest)
+    ]
+
+
+def test_the_search_finds_what_is_not_pinned(repository):
+    assert unpinned('AutoModel.from_pretrained("user/x")', repository) == ["user/x"]
+    assert unpinned('load_dataset("user/x", split="train")', repository) == ["user/x"]
+    assert not unpinned('AutoModel.from_pretrained("user/x", revision="1")', repository)
+    assert not unpinned('AutoModel.from_pretrained("user/x", **pinned)', repository)
+    assert not unpinned('AutoModel.from_pretrained("checkpoints/avq_abide_cc200")', repository)
+
+
+def test_examples_say_which_revision_they_load(repository):
+    further = ("docs/cards/*.md", "checkpoints/*/README.md", "model_cards/*.jinja", "examples/*.py")
+    further += ("evaluation/metrics/*/README.md", "checkpoints/README.md")
+    paths = [path for pattern in further for path in sorted(repository.glob(pattern))]
+    loading = 0
+    for path in [*documents(repository), *paths]:
+        text = path.read_text(encoding="utf-8")
+        loading += len(LOADS.findall(text))
+        assert not unpinned(text, repository), path
+    assert loading > 5

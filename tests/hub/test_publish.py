@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -185,6 +186,19 @@ def test_both_streams_lie_in_one_repository(client, hub, run_folder, tmp_path):
     found = client.run(PULL_BOTH, name="user/both", revision=tag)
     # 2 windows of 4 tokens and 4 of connectivity, their markers, and the separator of windows
     assert found == ["AVQModel", "AVQConnectomeModel", 2 * 4 + 4 + 4 + 1]
+
+
+def test_the_readme_s_question_is_answered(run_folder, repository, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", (repository / "README.md").read_text(), re.DOTALL)
+    (code,) = (block for block in blocks if "get_fmri_tokens" in block)
+    for name in ("lm", "cohort"):
+        assert f'"runs/demo/{name}"' in code
+        code = code.replace(f"runs/demo/{name}", str(run_folder / name))
+    scope = {}
+    exec(code, scope)
+    assert "Question: Age?" in capsys.readouterr().out
+    assert scope["codes"].shape == (1, 4)
+    assert scope["series"].shape == (1, 40, 48)
 
 
 def test_streams_of_two_vocabularies_stay_apart(client, run_folder, tmp_path):
