@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from cortexicon.cohorts import load_cohort, make_split
+
 PULL_CODEC = """
 import torch
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor, AutoTokenizer
@@ -211,6 +213,20 @@ def test_streams_of_two_vocabularies_stay_apart(client, run_folder, tmp_path):
     code, out = client.cli("publish", run, "user/apart", "--dry-run", "--out", tmp_path / "out")
     assert code == 2
     assert "expected the text table (sha256) of the codec" in out
+
+
+def test_streams_of_two_splits_stay_apart(client, run_folder, tmp_path):
+    run = tmp_path / "run"
+    for stream in ("avq", "connectome"):
+        shutil.copytree(run_folder / stream, run / stream)
+    other = make_split(load_cohort(run_folder / "cohort"), "holdout", seed=1)
+    other.save(tmp_path / "other.json")
+    facts = json.loads((run / "connectome/run.json").read_text())
+    facts["arguments"]["split"], facts["split_hash"] = str(tmp_path / "other.json"), other.hash
+    (run / "connectome/run.json").write_text(json.dumps(facts))
+    code, out = client.cli("publish", run, "user/apart", "--dry-run", "--out", tmp_path / "out")
+    assert code == 2
+    assert "its split is not that of" in out
 
 
 def test_a_cohort_streams(client, hub, run_folder):

@@ -201,7 +201,7 @@ def test_what_is_told_of_single_people_becomes_a_count():
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("/home/me/runs/demo/text", "demo/text"),
+        ("/data/me/runs/demo/text", "demo/text"),
         ("cortexicon train avq a.yaml --set cohort=/scratch/x/cohort out=runs/y", None),
         ("../shared/data/abide1", "../shared/data/abide1"),
         ("runs/demo/avq", "runs/demo/avq"),
