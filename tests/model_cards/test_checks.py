@@ -202,7 +202,7 @@ def test_what_is_told_of_single_people_becomes_a_count():
     ("text", "wanted"),
     [
         ("/data/me/runs/demo/text", "demo/text"),
-        ("cortexicon train avq a.yaml --set cohort=/scratch/x/cohort out=runs/y", None),
+        ("cortexicon train avq a.yaml --set cohort=/data/x/cohort out=runs/y", None),
         ("../shared/data/abide1", "../shared/data/abide1"),
         ("runs/demo/avq", "runs/demo/avq"),
         ("https://example.org/a/b/c", "https://example.org/a/b/c"),
@@ -211,7 +211,7 @@ def test_what_is_told_of_single_people_becomes_a_count():
 )
 def test_places_on_one_machine_are_shortened(text, wanted):
     if wanted is None:
-        wanted = text.replace("/scratch/x/cohort", "x/cohort")
+        wanted = text.replace("/data/x/cohort", "x/cohort")
     assert without_places({"a": [text, 1]}) == {"a": [wanted, 1]}
 
 
