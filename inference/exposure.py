@@ -144,7 +144,7 @@ def connectome_latents(
 @torch.inference_mode()
 def find_exposed(codebook: AVQCodebook, latents: TrainingLatents) -> Exposure:
     """Compare every code with every latent."""
-    return _compared(codebook.codebook.detach().cpu(), latents)
+    return _compared(codebook.codebook.detach().cpu(), latents.vectors, codebook, latents)
 
 
 @torch.inference_mode()
@@ -160,8 +160,8 @@ def find_exposed_rows(
     ----------
     codec : AVQModel or AVQConnectomeModel
         Of the stream that the rows are of.
-    rows : float, shape (rows, text_width)
-        Any of its codes; `Exposure.exposed` counts them as they are given.
+    rows : float, shape (codes, text_width)
+        One per code.
     latents : TrainingLatents
         Of that codec.
     """
@@ -173,17 +173,22 @@ def find_exposed_rows(
         ]
     )
     moved = F.normalize(rows.float().to(codec.device) - centre, dim=-1).cpu()
-    return _compared(moved, latents._replace(vectors=vectors))
+    return _compared(moved, vectors, codec.quantizer, latents)
 
 
-def _compared(codes: torch.Tensor, latents: TrainingLatents) -> Exposure:
+def _compared(
+    codes: torch.Tensor, seen: torch.Tensor, codebook: AVQCodebook, latents: TrainingLatents
+) -> Exposure:
+    """Unit `codes` (codes, width) beside unit `seen` (latents, width), the latents in their space.
+
+    Who maps to a code is for the codebook to say, whatever space the two are compared in.
+    """
     highest = torch.full((len(codes),), -1.0)
     mapped = torch.zeros(len(codes), latents.num_subjects, dtype=torch.bool)
-    for vectors, owners in zip(
-        latents.vectors.split(_ROWS), latents.owners.split(_ROWS), strict=True
+    for shown, vectors, owners in zip(
+        *(column.split(_ROWS) for column in (seen, latents.vectors, latents.owners)), strict=True
     ):
-        similarity = vectors @ codes.T  # (latents, codes)
-        highest = torch.maximum(highest, similarity.amax(0))
+        highest = torch.maximum(highest, (shown @ codes.T).amax(0))
         mapped[codebook.search(vectors.to(codebook.codebook.device)).cpu(), owners] = True
     people = mapped.sum(1)
     exposed = (highest >= COSINE) & (people < SUBJECTS)
