@@ -116,7 +116,7 @@ $(RELEASE)/avq/model.safetensors: | runs/abide/split.json runs/abide/text/model.
 	$(call TRAIN_BOX,training/configs/abide_avq.yaml,avq) model.num_connectivity_codes=8192
 
 $(RELEASE)/connectome/model.safetensors: | runs/abide/split.json runs/abide/text/model.safetensors
-	$(call TRAIN_BOX,training/configs/abide_connectome_box.yaml --stream connectivity,connectome)
+	$(call TRAIN_BOX,training/configs/abide_connectome_box.yaml,connectome)
 	$(CLI) protect $(RELEASE)/connectome
 
 checkpoints: $(RELEASE)/avq/model.safetensors $(RELEASE)/connectome/model.safetensors

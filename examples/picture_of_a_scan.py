@@ -28,5 +28,5 @@ parts = [draw_carpets(reading), draw_codes(reading)]
 connectome = connectome_of(checkpoint)
 if connectome is not None:
     parts.append(draw_connectivity(reading, read_connectivity(reading, connectome)))
-Image.fromarray(np.concatenate(parts)).quantize(256).save(out, optimize=True)
+Image.fromarray(np.concatenate(parts)).quantize(256, kmeans=1).save(out, optimize=True)
 print(f"R2 {reading.r2:.2f} -> {out}")

@@ -68,7 +68,7 @@ def draw_connectivity(reading: ScanReading, found: ConnectivityReading) -> np.nd
         panels = figure.subplots(1, 2, sharey=True)
         back = f"given back by {len(found.codes)} codes: correlation {found.kept:.2f}"
         for axes, values, title in zip(
-            panels, (found.raw, found.decoded), ("of the scan", back), strict=True
+            panels, (found.raw, found.decoded), ("connectivity of the scan", back), strict=True
         ):
             image = axes.imshow(
                 values[np.ix_(order, order)],

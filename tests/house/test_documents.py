@@ -10,7 +10,7 @@ import pytest
 from cortexicon._parser import build_parser
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "evaluation/*.md")
-LINK = re.compile(r"\]\(([^)\s#]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"(?:\]\(|<img src=\")([^)\s#\"]+)(?:#[^)]*)?[)\"]")
 CODE = re.compile(r"```.*?```|`[^`\n]+`", re.DOTALL)
 
 
