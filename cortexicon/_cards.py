@@ -8,6 +8,17 @@ from typing import Any
 from cortexicon.inference.predict import SYSTEM
 from cortexicon.model_cards.write import write_model_card
 
+# Part of the split -> what of it stands on a card, and the words for it.
+_METRICS = {
+    "test": {
+        "mae": "mean absolute error",
+        "r": "correlation",
+        "balanced_accuracy": "balanced accuracy",
+        "auc": "AUC",
+    },
+    "test_sites": {"mae": "mean absolute error", "auc": "AUC"},
+}
+_PARTS = {"test": "test", "test_sites": "unseen sites"}
 _TITLES = {"avq": "AVQ codec", "lm": "AVQ language model"}
 
 
@@ -124,30 +135,26 @@ def _codec_scores(ours: Mapping[str, Any], plain: Mapping[str, Any]) -> list[dic
 def _clinical_scores(clinical: Mapping[str, Any], command: str) -> list[dict[str, Any]]:
     scores = []
     for target, result in clinical.items():
-        systems = result["parts"].get("test", {}).get("systems", {})
-        ours = systems.get(SYSTEM, {})
-        for key, name in (
-            ("mae", "mean absolute error"),
-            ("r", "correlation"),
-            ("balanced_accuracy", "balanced accuracy"),
-            ("auc", "AUC"),
-        ):
-            # A constant prediction has no correlation: what is not finite is left out.
-            if not _is_number(ours.get(key)):
-                continue
-            others = {one: found for one, found in systems.items() if one != SYSTEM}
-            beside = [_beside(one, found, key) for one, found in others.items()]
-            scores.append(
-                {
-                    "metric": f"{target}: {name}",
-                    **_found(ours, key),
-                    "unit": None,
-                    "part": "test",
-                    "num_subjects": ours["num_subjects"],
-                    "command": command,
-                    "beside": [one for one in beside if one is not None],
-                }
-            )
+        for part, metrics in _METRICS.items():
+            systems = result["parts"].get(part, {}).get("systems", {})
+            ours = systems.get(SYSTEM, {})
+            for key, name in metrics.items():
+                # A constant prediction has no correlation: what is not finite is left out.
+                if not _is_number(ours.get(key)):
+                    continue
+                others = {one: found for one, found in systems.items() if one != SYSTEM}
+                beside = [_beside(one, found, key) for one, found in others.items()]
+                scores.append(
+                    {
+                        "metric": f"{target}: {name}",
+                        **_found(ours, key),
+                        "unit": None,
+                        "part": _PARTS[part],
+                        "num_subjects": ours["num_subjects"],
+                        "command": command,
+                        "beside": [one for one in beside if one is not None],
+                    }
+                )
     return scores
 
 

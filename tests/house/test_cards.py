@@ -1,6 +1,7 @@
 """`cortexicon report` writes the cards of the checkpoints from the run's results."""
 
-from cortexicon._cards import write_cards
+from cortexicon._cards import scores_of, write_cards
+from cortexicon.inference.predict import SYSTEM
 from cortexicon.modeling import AVQConfig
 
 RESULTS = {
@@ -47,3 +48,17 @@ def test_a_real_cohort_is_not_called_simulated_nor_licensed_for_its_owner(tmp_pa
     text = (tmp_path / "avq" / "README.md").read_text(encoding="utf-8")
     assert "simulated" not in text
     assert "license: other" in text
+
+
+def test_unseen_sites_stand_beside_unseen_people():
+    def systems(mae):
+        return {"systems": {SYSTEM: {"mae": mae, "r": 0.5, "num_subjects": 3}}}
+
+    parts = {"test": systems(3.0), "test_sites": systems(4.0), "validation": systems(9.0)}
+    results = {**RESULTS, "clinical": {"age": {"parts": parts}}}
+    found = {(one["metric"], one["part"]): one["value"] for one in scores_of("avq_lm", results)}
+    assert found == {
+        ("age: mean absolute error", "test"): 3.0,
+        ("age: correlation", "test"): 0.5,
+        ("age: mean absolute error", "unseen sites"): 4.0,
+    }
