@@ -89,7 +89,7 @@ def stage(
             "scores": facts["scores"] + second["scores"],
             "groups": facts["groups"] + second["groups"],
             "connectome_training": second["training"],
-            "connectome_scans": second["cohort"]["num_training_scans"],
+            "connectome_scans": _scans_in_words(runs[CONNECTOME].values),
         }
     facts = without_places(facts)
     write_model_card(folder, facts)
@@ -107,6 +107,13 @@ def stage(
     for name, model in loaded.models.items():
         check_clean_load(folder, model, name)
     return loaded.revision
+
+
+def _scans_in_words(values: Mapping[str, Any]) -> str:
+    """How many scans the connectivity stream was fitted on."""
+    more = values.get("more_matrices")
+    also = f", and {more} more matrices for the covariance alone" if more else ""
+    return f"{values['training_scans']}{also}"
 
 
 class Stream(NamedTuple):
@@ -148,14 +155,14 @@ def _check_exposure(source: Path, model: PreTrainedModel, run: gather.RunFacts) 
     """
     if isinstance(model, AVQConnectomeModel):
         latents = gather.latents_of(run, connectome=model)
-        return checked(source, find_exposed(model.quantizer, latents), run.values)
+        return checked(source, find_exposed(model.quantizer, latents), run.values, "connectome")
     checkpoint = load_checkpoint(source)
     streams = streams_of(checkpoint, run)
     if checkpoint.model_type == "avq_lm":
         check_rows(source, checkpoint, checkpoint.model.get_input_embeddings().weight, streams)
     return "\n\n".join(
-        checked(source, find_exposed(one.codec.quantizer, one.latents), one.values)
-        for one in streams.values()
+        checked(source, find_exposed(one.codec.quantizer, one.latents), one.values, name)
+        for name, one in streams.items()
     )
 
 
@@ -192,17 +199,18 @@ def check_rows(
         if not torch.equal(rows, codec.project_codebook()):
             moved = True
             advice = "Train without rows of codes (train_code_rows, trainable_token_indices)."
-            checked(source, find_exposed_rows(codec, rows, stream.latents), {}, advice)
+            checked(source, find_exposed_rows(codec, rows, stream.latents), {}, name, advice)
     return moved
 
 
+_BOOKS = {"avq": "windows", "connectome": "connectivity"}
 _PROTECT = "Run `cortexicon protect` on the codec, score it, and publish again."
 
 
 def checked(
-    source: Path, found: Exposure, values: Mapping[str, Any], advice: str = _PROTECT
+    source: Path, found: Exposure, values: Mapping[str, Any], stream: str, advice: str = _PROTECT
 ) -> str:
-    """The sentence for the card, or a refusal."""
+    """The sentence for the card, or a refusal; `stream` is "avq" or "connectome"."""
     if found.exposed:
         raise PublishError(
             f"{source}: {len(found.exposed)} of {found.num_codes} codes (such as "
@@ -211,9 +219,9 @@ def checked(
         )
     protected = int(values.get("protected_codes", 0))
     return (
-        f"Privacy of the codebook: no code lies within cosine {COSINE} of a single training latent "
-        f"unless {SUBJECTS} or more people map to it ({found.num_codes} codes against "
-        f"{found.num_latents} latents of {found.num_subjects} people; highest cosine "
+        f"Privacy of the codebook of {_BOOKS[stream]}: no code lies within cosine {COSINE} of a "
+        f"single training latent unless {SUBJECTS} or more people map to it ({found.num_codes} "
+        f"codes against {found.num_latents} latents of {found.num_subjects} people; highest cosine "
         f"{found.highest_cosine:.4f}"
         + (f"; {protected} codes were moved to means of several people" if protected else "")
         + ")."

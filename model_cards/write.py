@@ -42,7 +42,7 @@ def write_model_card(folder: str | Path, facts: Mapping[str, Any]) -> Path:
         (baselines and chance: mappings with ``system``, ``value`` and optionally ``interval``);
         may be empty, and the card then says so.
         ``license`` : str, as the Hub spells it.
-        Optional: ``connectome_training`` (as ``training``) and ``connectome_scans`` (int) of a
+        Optional: ``connectome_training`` (as ``training``) and ``connectome_scans`` (str) of a
         second stream in the subfolder ``connectome``, ``data`` (fields of `DataFacts`), ``groups``
         (list of mappings with ``metric``, ``part``, ``smallest`` and ``rows`` of ``by``, ``group``,
         ``num_subjects``, ``value``, ``interval``), ``repository``, ``revision``, ``privacy`` (str).

@@ -1,0 +1,1 @@
+../../modeling/code_search_avq.py

@@ -1,0 +1,1 @@
+../../modeling/components_avq_connectome.py

@@ -1,0 +1,1 @@
+../../modeling/configuration_avq_connectome.py

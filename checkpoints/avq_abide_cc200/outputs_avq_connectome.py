@@ -1,0 +1,1 @@
+../../modeling/outputs_avq_connectome.py
