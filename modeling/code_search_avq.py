@@ -62,7 +62,7 @@ def _nearest_in_branches(vectors, codebook):
         pairs = near.numpy().ravel()
         order = np.argsort(pairs.astype(np.min_scalar_type(branches)), kind="stable")
         counts = np.bincount(pairs, minlength=branches).tolist()
-        rows = vectors.detach()[torch.from_numpy(order % len(vectors))]
+        rows = vectors.detach().index_select(0, torch.from_numpy(order % len(vectors)))
         columns = codebook.detach().transpose(1, 2)
         place = columns.new_empty(max(2, *counts), size)
         number = np.arange(len(place))

@@ -65,9 +65,11 @@ LONGER = {
 }
 
 
-def longer_config(run, folder, stage) -> str:
-    """The path of the stage's configuration with `LONGER` on top."""
+def longer_config(run, folder, stage, **model) -> str:
+    """The path of the stage's configuration with `LONGER`, and fields of the model, on top."""
     values = {"base": str(run / f"{stage}.yaml"), **LONGER[stage]}
+    if model:
+        values["model"] = {**values["model"], **model}
     path = folder / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
     return str(path)
@@ -177,8 +179,9 @@ def differences(one: Path, two: Path) -> list[str]:
     return found + [f"state.json: {key}" for key in a if a[key] != b[key]]
 
 
-def test_a_run_killed_twice_is_bit_equal(run, tmp_path, monkeypatch):
-    config = longer_config(run, tmp_path, "avq")
+@pytest.mark.parametrize("model", [{}, {"token_layout": "grid", "code_branches": 8}], ids=str)
+def test_a_run_killed_twice_is_bit_equal(run, tmp_path, monkeypatch, model):
+    config = longer_config(run, tmp_path, "avq", **model)
     whole_run("avq", config, tmp_path / "whole", monkeypatch)
     output = tmp_path / "killed"
     assert killed(start("avq", config, output), output, 10, 0.7)

@@ -171,10 +171,12 @@ def test_what_is_not_finite_on_one_process_is_refused_by_both(run, tmp_path, fau
     assert output.count("a batch is refused and drawn again") == 1
 
 
-def test_without_the_adversary_and_in_the_grid_layout(run, tmp_path):
-    more = {"adversary": False, "model": {"token_layout": "grid"}}
+def test_without_the_adversary_in_the_grid_layout_with_branches(run, tmp_path):
+    model = {"token_layout": "grid", "code_branches": 8, "revival_interval": 2}
+    more = {"adversary": False, "model": model | {"revival_threshold": 0.9}}
     code, output = ended(start(tmp_path, config_of(run, tmp_path, **SHORT, **more)))
     assert code == 0, output
+    assert facts_of(tmp_path, 0)["revived"] > 0
     assert_same_bits(*(load_file(tmp_path / f"{rank}.safetensors") for rank in (0, 1)))
 
 
