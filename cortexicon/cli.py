@@ -396,22 +396,9 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from cortexicon.inference import load_checkpoint
+    from cortexicon import _info
 
-    checkpoint = load_checkpoint(arguments.checkpoint)
-    codec = checkpoint.codec
-    config = codec.config
-    regions = len(config.region_labels) if config.region_labels else "any number of"
-    facts = {
-        "model": f"{checkpoint.model_type}, {checkpoint.model.num_parameters():,} parameters",
-        "atlas": f"{config.atlas or 'not stored'}, {regions} regions",
-        "sampling": f"every {config.sampling_interval} s, {config.window_length} samples a window",
-        "tokens": f"{config.tokens_per_window} per window ({config.token_layout} layout)",
-        "codebook": f"{config.num_codes} codes, fingerprint {codec.codebook_fingerprint()[:12]}",
-        "vocabulary": f"{len(checkpoint.processor.tokenizer)} ids",
-    }
-    for name, fact in facts.items():
-        print(f"{name:<11}{fact}")
+    _info.run(arguments)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 import cortexicon  # noqa: F401  registers the Auto classes
+from cortexicon.cli import main
 from cortexicon.model_cards.checks import card_complaints, code_complaints, secret_complaints
 
 
@@ -89,3 +90,12 @@ def test_its_card_runs(box, monkeypatch):
     exec(code, scope)
     assert scope["decoded"].shape[1:] == (80, 200)
     assert scope["matrix"].shape == (1, 200, 200)
+
+
+def test_info_names_both_streams(box, capsys):
+    assert main(["info", str(box / "avq_abide_cc200")]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"tokens +128 per window", printed)
+    stream = re.search(r"connectivity +64 per scan, 8192 codes, fingerprint (\w{12})", printed)
+    assert main(["info", str(box / "avq_abide_cc200" / "connectome")]) == 0
+    assert f"fingerprint {stream[1]}" in capsys.readouterr().out
