@@ -229,8 +229,8 @@ def _score_classes(
     scores = _counts(mine)
     accuracy, auc = over_seeds(balanced_accuracy), over_seeds(area_under_curve)
     scores["balanced_accuracy"] = accuracy(truth, answer)
-    drawn = crossed_interval(accuracy, (truth,), (answer,), num_resamples)
-    scores["balanced_accuracy_interval"] = drawn
+    interval = crossed_interval(accuracy, (truth,), (answer,), num_resamples)
+    scores["balanced_accuracy_interval"] = interval
     scores["predicted_counts"] = pd.Series(mine.y_hat.ravel()).value_counts().sort_index().to_dict()
     if len(np.unique(mine.y)) == 2:
         scores["auc"] = auc(positive, mine.score)
