@@ -53,6 +53,8 @@ def _grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
     flat = list(axes.ravel())
     for unused in flat[count:]:
         unused.set_visible(False)
+    for lowest in flat[max(0, count - columns) : count]:  # also above a place that is left empty
+        lowest.tick_params(labelbottom=True)
     return figure, flat[:count]
 
 
@@ -68,6 +70,7 @@ def draw_distributions(
         return None
     everything = np.concatenate([np.r_[a.y, a.y_hat.ravel()] for a in answers.values()])
     bins = np.linspace(everything.min(), everything.max() + 1e-9, 31).tolist()
+    tallest = max(float(np.histogram(mine.y, bins)[0].max()) for mine in answers.values())
     figure, panels = _grid(len(answers), 1.9)
     for panel, (name, mine) in zip(panels, answers.items(), strict=True):
         panel.hist(mine.y, bins, color=FAINT, label=f"true, SD {mine.y.std():.1f}")
@@ -81,10 +84,8 @@ def draw_distributions(
             color=colour_of(name, facts),
             label=f"predicted, SD {mine.y_hat.std():.1f}",
         )
-        tallest = float(np.histogram(mine.y, bins)[0].max())
-        peak = float(np.histogram(mine.y_hat, bins)[0].max()) / seeds
-        # A narrow peak may leave the panel, or the true distribution would be flat.
-        panel.set_ylim(0, 1.45 * max(tallest, min(peak, 2.0 * tallest)))
+        # A narrow peak leaves the panel, or the true distribution would be flat.
+        panel.set_ylim(0, 2.2 * tallest)
         finish(panel, _wrapped(shown_name(name, facts)), "", "")
         panel.title.set_fontsize(8)
         panel.legend(fontsize=6.5, loc="upper right", handlelength=1.0)
