@@ -7,9 +7,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .answers import answers_of
+from .answers import answers_of, read_numbers
 
-READOUTS = {"number": ("expectation", "mode", "generated"), "class": ("options", "generated")}
+READOUTS = {
+    "number": ("expectation", "median", "mode", "generated"),
+    "class": ("options", "generated"),
+}
 
 
 class Answers(NamedTuple):
@@ -95,14 +98,14 @@ def pooled_answers(prompts: Sequence[Answers]) -> Answers:
 def read_answers(answers: Answers, target: dict[str, Any], readout: str) -> np.ndarray:
     """One number or class of each scan, (scans,).
 
-    Numbers: `expectation` over all of them, `mode` (the likeliest), or `generated` (token by
-    token). Classes: `options` (the likeliest as a whole) or `generated`.
+    Numbers: `expectation` over all of them, `median`, `mode` (the likeliest), or `generated`
+    (token by token). Classes: `options` (the likeliest as a whole) or `generated`.
     """
     share = answers.generated if readout == "generated" else answers.probabilities
     if target["kind"] == "class":
         return np.array(target["classes"])[share.argmax(1)]
-    values = np.arange(target["minimum"], target["maximum"] + 1, dtype=float)
-    return values[share.argmax(1)] if readout == "mode" else share @ values
+    words = "expectation" if readout == "generated" else readout
+    return read_numbers(share, {**target, "readout": words})
 
 
 def prediction_rows(

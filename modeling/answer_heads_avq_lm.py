@@ -55,11 +55,12 @@ class AnswerHeads(nn.Module):
     def loss(self, states, name: str, truth) -> torch.Tensor:
         """Of states (answers, width): half the squared error in SD, or cross entropy; (answers,).
 
-        `truth` holds numbers, float (answers,), or places of classes, int64 (answers,).
+        `truth` holds numbers, float (answers,), or probabilities of classes, float (answers,
+        classes).
         """
         raw = self._raw(states, name)
         if self.targets[name]["kind"] == "class":
-            return F.cross_entropy(raw, truth, reduction="none")
+            return F.cross_entropy(raw, truth.float(), reduction="none")
         index = list(self.targets).index(name)
         wanted = (truth.float() - self.mean[index]) / self.scale[index]
         return 0.5 * (raw[..., 0] - wanted).square()

@@ -10,6 +10,7 @@ from .configuration_avq_connectome import AVQConnectomeConfig
 
 # Fields that are integers, and the least they may be.
 _INTEGERS = {
+    "summary_patterns": 0,
     "windows_per_prompt": 0,
     "prompts_per_scan": 1,
     "fmri_offset": 0,
@@ -44,11 +45,9 @@ class AVQLMConfig(PreTrainedConfig):
         `<fc>` and `</fc>`, around the connectivity codes.
     fmri_input : {"codes", "features"}
         Whether a scan enters as tokens of the vocabulary or as continuous projected features.
-    scan_summary : bool
-        Whether a linear map of all of a scan's connectivity tokens is added to the marker that
-        closes them (`ScanSummary`). Needs a `connectome_config`.
-    summary_noise : float
-        Noise that the summary's input gets in training, in units of its root mean square.
+    summary_patterns : int
+        Fitted patterns whose scores are added to the tokens of a scan's connectivity
+        (`ScanSummary`); 0: none. Needs a `connectome_config`.
     answer_heads : bool
         Whether every target also has a linear head on the last state (`AnswerHeads`).
     windows_per_prompt : int
@@ -59,8 +58,8 @@ class AVQLMConfig(PreTrainedConfig):
     targets : list of dict
         What the model was trained to answer. Each has `name`, `question`, `kind` ("number" or
         "class") and either `minimum` and `maximum` (integers) or `classes` (list of str), and
-        `readout`, the one chosen on validation subjects: "expectation", "mode" or "head" of a
-        number, "options" or "head" of a class. Numbers may have an `interval` (`half_width`,
+        `readout`, the one chosen on validation subjects: "expectation", "median", "mode" or "head"
+        of a number, "options" or "head" of a class. Numbers may have an `interval` (`half_width`,
         `coverage`) from errors on validation subjects; a target that was trained with several
         wordings lists them as `paraphrases`.
 
@@ -89,8 +88,7 @@ class AVQLMConfig(PreTrainedConfig):
     bofc_token_id: int = 0
     eofc_token_id: int = 0
     fmri_input: str = "codes"
-    scan_summary: bool = False
-    summary_noise: float = 0.0
+    summary_patterns: int = 0
     answer_heads: bool = False
     windows_per_prompt: int = 1
     prompts_per_scan: int = 1
@@ -112,13 +110,9 @@ class AVQLMConfig(PreTrainedConfig):
                 raise ConfigurationError(
                     f"AVQLMConfig.{name} must be an integer >= {lowest}, found {value!r}."
                 )
-        if self.scan_summary and self.connectome_config is None:
+        if self.summary_patterns and self.connectome_config is None:
             raise ConfigurationError(
-                "AVQLMConfig.scan_summary needs a connectome_config: it sums up the connectivity."
-            )
-        if not self.summary_noise >= 0:
-            raise ConfigurationError(
-                f"AVQLMConfig.summary_noise must be at least 0, found {self.summary_noise!r}."
+                "AVQLMConfig.summary_patterns needs a connectome_config: they are of connectivity."
             )
         if self.answer_heads and not self.targets:
             raise ConfigurationError("AVQLMConfig.answer_heads needs targets: one head for each.")

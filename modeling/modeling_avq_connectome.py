@@ -167,6 +167,22 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         matrices = self._decode(rows, coordinates, self._mean(mean, coordinates))
         return AVQConnectomeDecoderOutput(matrices=matrices)
 
+    def deviations(self, values, region_coordinates=None):
+        """What tokens add to the mean matrix; linear in their values.
+
+        Parameters
+        ----------
+        values : float32, shape (batch, tokens, code_dim - 1)
+            A code vector (or latent) without its last entry, divided by it.
+        region_coordinates : float32, shape (batch or 1, regions, 3), mm MNI, optional
+            As in `decode`.
+
+        Returns
+        -------
+        float32, shape (batch, regions, regions)
+        """
+        return self._deviations(values, self._coordinates(region_coordinates, None))
+
     def forward(
         self,
         matrices,
@@ -409,9 +425,12 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
             unit = self.read_code(whitened)  # (batch, tokens, cards), without the anchor
             # The anchor's share of a unit vector follows from the others.
             rest = (1 - unit.square().sum(-1, keepdim=True)).clamp(min=1e-3).sqrt()
-            dealt = self.anchor * unit / rest
-            components = self.deal.inverse(dealt[:, None])[:, 0]
-            return mean + self.components.inverse(components, coordinates)
+            return mean + self._deviations(unit / rest, coordinates)
+
+    def _deviations(self, values, coordinates):
+        """Deviations (batch, regions, regions) of values in units of the anchor."""
+        components = self.deal.inverse((self.anchor * values)[:, None])[:, 0]
+        return self.components.inverse(components, coordinates)
 
 
 def fisher_z_matrices(series, region_mask=None):

@@ -36,8 +36,8 @@ class AVQLMForConditionalGeneration(
       training the language model;
     * `fmri_input="features"` feeds continuous projected features at the same places instead, for
       comparison;
-    * `scan_summary=True` adds to the marker that closes a scan's connectivity a linear map of all
-      its tokens (`ScanSummary`): what a small language model could not learn from few scans.
+    * `summary_patterns` adds to the tokens of a scan's connectivity what fitted patterns read in
+      all of them (`ScanSummary`): a small language model could not learn it from few scans.
 
     Method names follow the multimodal models of transformers (Chameleon, Emu3, Janus).
     """
@@ -62,8 +62,8 @@ class AVQLMForConditionalGeneration(
         width = self.language_model.get_input_embeddings().weight.shape[1]
         if config.answer_heads:
             self.heads = AnswerHeads(config.targets, width)
-        if config.scan_summary:
-            self.summary = ScanSummary(config.connectome_config, width, config.summary_noise)
+        if config.summary_patterns:
+            self.summary = ScanSummary(config.connectome_config, width, config.summary_patterns)
         self.post_init()
         self.train(self.training)
 
@@ -177,6 +177,7 @@ class AVQLMForConditionalGeneration(
         connectivity_mask=None,
         fmri_latents=None,
         connectivity_latents=None,
+        connectivity_scores=None,
         inputs_embeds=None,
         position_ids=None,
         labels=None,
@@ -200,6 +201,10 @@ class AVQLMForConditionalGeneration(
         connectivity_latents : float32, shape (scans, tokens, code_dim), optional
             In place of `input_values` and `connectivity`, with `fmri_input` "features": what
             `get_fmri_latents` gave.
+        connectivity_scores : float32, shape (scans, patterns), optional
+            In place of what the summary's patterns read: in training, from patterns that were
+            fitted without the person. Zeros, shape (1, patterns), say nothing: where codes are
+            to be predicted, for a summary of all of them would tell the next one.
         position_ids : int64, shape (batch, sequence), optional
             `generate` makes them from the attention mask, so that padding shifts no position.
         labels : int64, shape (batch, sequence), optional
@@ -219,10 +224,10 @@ class AVQLMForConditionalGeneration(
             "connectivity_latents": connectivity_latents,
         }
         if input_ids is not None and self._scan_given(scan):
-            placed = self._place(input_ids, scan)
+            placed = self._place(input_ids, scan, connectivity_scores)
             input_ids, inputs_embeds = placed.get("input_ids"), placed.get("inputs_embeds")
         if inputs_embeds is None and self.summary is not None:
-            inputs_embeds = self._embed_with_summaries(input_ids)
+            inputs_embeds = self._embed_with_summaries(input_ids, connectivity_scores)
         if inputs_embeds is not None:
             input_ids = None
         takes = inspect.signature(self.language_model.forward).parameters

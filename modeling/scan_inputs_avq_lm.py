@@ -144,7 +144,7 @@ class ScanInputs:
         read = self.get_fmri_tokens if codes else self.get_fmri_latents
         return read(values, scan["region_coordinates"], mask, scan["time_mask"], stream)
 
-    def _place(self, input_ids, scan):
+    def _place(self, input_ids, scan, scores=None):
         """Put a scan's tokens (or features) at its placeholders: inputs of the language model."""
         config = self.config
         holes = input_ids == config.fmri_token_id
@@ -170,7 +170,7 @@ class ScanInputs:
                         f"The prompts close {len(ends)} scans with </fc>, {len(found)} matrices "
                         "were given. Make both with one call of the AVQProcessor."
                     )
-                embeds = self._with_summaries(embeds, ends, self.summary(found))
+                embeds = self._with_summaries(embeds, ends, self.summary(found, scores=scores))
         return {"input_ids": input_ids} if codes else {"inputs_embeds": embeds}
 
     def _check_holes(self, holes, count, stream):
@@ -189,13 +189,16 @@ class ScanInputs:
         opens = input_ids[ends[:, 0], ends[:, 1] - tokens - 1]
         return ends[opens == self.config.bofc_token_id]
 
-    @staticmethod
-    def _with_summaries(embeds, ends, summaries):
-        """Embeddings (batch, sequence, hidden) with summaries (scans, hidden) added at `ends`."""
-        place = (ends[:, 0], ends[:, 1])
-        return embeds.index_put(place, summaries.to(embeds), accumulate=True)
+    def _with_summaries(self, embeds, ends, summaries):
+        """Embeddings (batch, sequence, hidden) with summaries (scans, hidden) added to scans.
 
-    def _embed_with_summaries(self, input_ids):
+        To every token of a scan's connectivity and both its markers; `ends` are the closing ones.
+        """
+        reach = torch.arange(-self.config.connectome_config.num_tokens - 1, 1, device=embeds.device)
+        place = (ends[:, :1], ends[:, 1:] + reach)
+        return embeds.index_put(place, summaries.to(embeds)[:, None], accumulate=True)
+
+    def _embed_with_summaries(self, input_ids, scores=None):
         """Embeddings of ids in which whole scans stand as codes, or None where there are none."""
         ends = self._closing_markers(input_ids)
         if not len(ends):
@@ -207,4 +210,4 @@ class ScanInputs:
         known = (codes >= 0) & (codes < count)  # a hidden code is a placeholder
         vectors = F.embedding(codes.clamp(0, count - 1), self.connectome.quantizer.codebook)
         embeds = self.get_input_embeddings()(input_ids)
-        return self._with_summaries(embeds, ends, self.summary(vectors, known))
+        return self._with_summaries(embeds, ends, self.summary(vectors, known, scores))

@@ -41,8 +41,19 @@ class AnswerBook:
             self._valid[target["name"]] = answer_ids_of(target, self.answer_ids)
         return self._valid[target["name"]]
 
-    def labels(self, target: dict[str, Any], value: Any) -> tuple[list[int], Shares]:
-        """Ids of the true answer, and for each of them the tokens that share the credit."""
+    def labels(
+        self, target: dict[str, Any], value: Any, told: np.ndarray | None = None
+    ) -> tuple[list[int], Shares]:
+        """Ids of the true answer, and for each of them the tokens that share the credit.
+
+        `told`, float (answers,), are a teacher's probabilities of all valid answers. They share the
+        credit of the first token, where it tells all answers apart; else they are not used.
+        """
+        if told is not None:
+            begins = [ids[0] for ids in self.valid(target)]
+            if len(set(begins)) == len(begins):
+                reply, shares = self.labels(target, value)
+                return reply, [(begins, told.tolist()), *shares[1:]]
         if target["kind"] == "class":
             reply = self.answer_ids(str(value))
             return reply, [([token], [1.0]) for token in reply]

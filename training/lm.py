@@ -36,9 +36,17 @@ from .faults import StepGuard, written_whole
 from .leaks import refuse_leaks
 from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
 from .lm_stages import SideLosses, descriptions_of
-from .lm_start import EncodedWindows, encode_windows, start_summary, take_language_model
+from .lm_start import (
+    EncodedWindows,
+    encode_windows,
+    patterns_of_all,
+    start_summary,
+    take_language_model,
+)
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
+from .scan_patterns import summary_columns
 from .stages import wordings_of
+from .teacher import AnswerTeacher
 
 # People whose prompts are searched for leaks before training starts.
 _PEOPLE_SEARCHED = 200
@@ -56,8 +64,8 @@ class LMArguments:
     targets: list
     connectome: str = ""
     fmri_input: str = "codes"
-    scan_summary: bool = False
-    summary_noise: float = 0.0
+    summary_patterns: bool = False
+    teacher: bool = False
     answer_heads: bool = False
     head_weight: float = 1.0
     class_weight: float = 1.0
@@ -96,9 +104,12 @@ class LMArguments:
 
 
 def build_model(
-    arguments: LMArguments, targets
+    arguments: LMArguments, targets, num_patterns: int = 0
 ) -> tuple[AVQLMForConditionalGeneration, AVQProcessor]:
-    """Codecs and language model in one, and the processor of all."""
+    """Codecs and language model in one, and the processor of all.
+
+    `num_patterns` is what a `ScanSummary` holds; 0: there is none.
+    """
     codec = AVQModel.from_pretrained(arguments.avq)
     processor = AVQProcessor.from_pretrained(arguments.avq)
     connectome = None
@@ -127,8 +138,7 @@ def build_model(
         prompts_per_scan=arguments.prompts_per_scan,
         targets=targets,
         fmri_input=arguments.fmri_input,
-        scan_summary=arguments.scan_summary,
-        summary_noise=arguments.summary_noise,
+        summary_patterns=num_patterns,
         answer_heads=arguments.answer_heads,
     )
     if arguments.start:
@@ -178,7 +188,10 @@ def train(arguments: LMArguments, run: Run) -> int:
     people = cohort.participants
     used = people.loc[parts["train"] + parts["validation"]]
     targets = checked_targets(arguments.targets, used)
-    model, processor = build_model(arguments, targets)
+    columns = []
+    if arguments.summary_patterns:
+        columns = summary_columns(used, targets)
+    model, processor = build_model(arguments, targets, len(columns))
     extractor, codec = processor.feature_extractor, model.to(accelerator.device).avq
 
     # Every code that training will need, computed once.
@@ -212,8 +225,23 @@ def train(arguments: LMArguments, run: Run) -> int:
     if arguments.description_weight:
         descriptions = descriptions_of(cohort, scans.subject_ids)
     side = SideLosses(arguments, processor, drawn_windows, matrices, descriptions)
+    fit = everyone = None
     if model.summary is not None:
-        start_summary(model, matrices)
+        fit, everyone = start_summary(
+            model, scans.subject_ids, matrices, validation, used, targets, arguments.seed
+        )
+    teacher = None
+    if arguments.teacher:
+        if fit is None:
+            raise TrainingError(
+                "teacher: true needs summary_patterns: true, whose scores it reads."
+            )
+        teacher = AnswerTeacher(
+            fit.scores.numpy(),
+            people.loc[scans.subject_ids],
+            targets,
+            balanced=arguments.balance_classes,
+        )
     if model.heads is not None:
         start_heads(model, people.loc[scans.subject_ids])
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -230,10 +258,8 @@ def train(arguments: LMArguments, run: Run) -> int:
             return gradient
 
         embedding.register_hook(keep_code_rows)
-    # The summary's own scale is its penalty; decaying it too would only shrink every answer.
-    free = [embedding] if model.summary is None else [embedding, model.summary.map.weight]
-    decayed = [p for p in trained if p.ndim > 1 and not any(p is other for other in free)]
-    others = [p for p in trained if p.ndim <= 1 or any(p is other for other in free)]
+    decayed = [p for p in trained if p.ndim > 1 and p is not embedding]
+    others = [p for p in trained if p.ndim <= 1 or p is embedding]
     optimizer = torch.optim.AdamW(
         [
             {"params": decayed, "weight_decay": arguments.weight_decay},
@@ -267,7 +293,10 @@ def train(arguments: LMArguments, run: Run) -> int:
     model.train()
     placeholder = processor.tokenizer.fmri_token_id
     weights = class_weights(
-        people.loc[scans.subject_ids], targets, arguments.class_weight, arguments.balance_classes
+        people.loc[scans.subject_ids],
+        targets,
+        arguments.class_weight,
+        arguments.balance_classes and teacher is None,  # a teacher has balanced them already
     )
 
     def batch_at(step: int, attempt: int, excluded: set[int]):
@@ -285,6 +314,7 @@ def train(arguments: LMArguments, run: Run) -> int:
                     target,
                     people.at[subject, target["name"]],
                     weights.get((target["name"], str(people.at[subject, target["name"]])), 1.0),
+                    None if teacher is None else teacher.shares(scan, target),
                 )
                 for target in targets
                 if people[target["name"]].notna()[subject]
@@ -301,6 +331,8 @@ def train(arguments: LMArguments, run: Run) -> int:
         batch["latents"] = scan_arguments(
             np.stack(codes[mine]), None if more is None else np.stack(more)
         )
+        if fit is not None:
+            batch["latents"]["connectivity_scores"] = fit.scores[torch.from_numpy(chosen[mine])]
         # Some codes are hidden, so that no single code can be learned by heart as somebody's.
         ids = batch["input_ids"]
         is_code = torch.zeros_like(ids, dtype=torch.bool)
@@ -362,7 +394,7 @@ def train(arguments: LMArguments, run: Run) -> int:
             if last if arguments.keep == "last" else scores[primary] < best:
                 best = scores[primary]
                 choose_readouts(raw_model, scores)
-                with written_whole(output) as folder:
+                with written_whole(output) as folder, patterns_of_all(raw_model, fit, everyone):
                     raw_model.save_pretrained(folder)
         due = (step + 1) % arguments.save_steps == 0
         if stop := run.end_step(step + 1, due, raw_model, optimizer.optimizer, log.seconds):

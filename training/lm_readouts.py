@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cortexicon.inference.answers import pooled_answers
+from cortexicon.inference.answers import pooled_answers, read_numbers
 from cortexicon.inference.ask import COVERAGE, half_width
 
 
@@ -36,17 +36,25 @@ def class_weights(people, targets, weight: float, balanced: bool) -> dict[tuple[
 def head_loss(heads, states, asked) -> torch.Tensor:
     """Mean over targets of the heads' losses at `states` (answers, width) of `asked` Answers."""
     losses = []
-    for name, target in heads.targets.items():
+    for name in heads.targets:
         mine = [k for k, answer in enumerate(asked) if answer.target["name"] == name]
         if not mine:
             continue
-        values = [asked[k].value for k in mine]
-        if target["kind"] == "class":
-            values = [target["classes"].index(str(value)) for value in values]
-        truth = torch.tensor(values, device=states.device)
+        truth = torch.tensor([_wanted(asked[k]) for k in mine], device=states.device)
         weights = torch.tensor([asked[k].weight for k in mine], device=states.device)
         losses.append((weights * heads.loss(states[mine], name, truth)).mean())
     return torch.stack(losses).mean()
+
+
+def _wanted(answer) -> float | list[float]:
+    """A number, or the probability of each class: the teacher's, else the truth."""
+    target, told = answer.target, answer.told
+    if target["kind"] == "class":
+        classes = [str(answer.value) == name for name in target["classes"]]
+        return [float(share) for share in (classes if told is None else told)]
+    if told is None:
+        return float(answer.value)
+    return float(read_numbers(told, {**target, "readout": "expectation"}))
 
 
 def validate(
@@ -90,7 +98,7 @@ def validate(
 
 
 def _readouts(model, target) -> list[str]:
-    words = ["expectation", "mode"] if target["kind"] == "number" else ["options"]
+    words = ["expectation", "median", "mode"] if target["kind"] == "number" else ["options"]
     return words + (["head"] if model.heads is not None else [])
 
 

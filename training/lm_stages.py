@@ -15,7 +15,14 @@ from cortexicon.modeling import AVQLMForConditionalGeneration
 
 from .arguments import TrainingError
 from .corpus import local_corpus
-from .stages import code_loss, describe_scan, masked_code_rows, next_code_rows, paired_text_rows
+from .stages import (
+    code_loss,
+    describe_scan,
+    masked_code_rows,
+    next_code_rows,
+    paired_text_rows,
+    without_summary,
+)
 
 #: Share of the corpus that is held out: its last part, as in `train text`.
 HELD_OUT_TEXT = 20
@@ -71,6 +78,7 @@ class SideLosses:
             rows = self._rows(name, scans, rng)
             labels = rows.pop("labels")
             device = next(model.parameters()).device
+            rows |= without_summary(model)
             logits = model(**{k: v.to(device) for k, v in rows.items()}, use_cache=False).logits
             total = total.to(device) + weight * code_loss(logits, labels.to(device))
         return total

@@ -1,5 +1,6 @@
 """What `train lm` does once before its steps: codes of windows, an earlier stage, the summary."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from cortexicon.inference.predict import encoded_windows
 from cortexicon.modeling import AVQLMForConditionalGeneration
 
 from .arguments import TrainingError
+from .scan_patterns import PatternFit, fit_patterns, summary_columns
 
 
 @dataclass
@@ -59,12 +61,50 @@ def take_language_model(model: AVQLMForConditionalGeneration, folder: str) -> No
     model.language_model.load_state_dict(earlier.language_model.state_dict())
 
 
-@torch.no_grad()
-def start_summary(model: AVQLMForConditionalGeneration, matrices) -> None:
-    """Tell the summary what training scans hold: codes (tokens,), or what they were before."""
-    table = model.connectome.quantizer.codebook
-    vectors = torch.from_numpy(np.stack(matrices)).to(table.device)
-    if not vectors.dtype.is_floating_point:
-        vectors = table[vectors]
-    rows = model.get_input_embeddings().weight[: model.config.bof_token_id]
-    model.summary.start(vectors, float(rows.square().mean().sqrt()))
+def start_summary(
+    model: AVQLMForConditionalGeneration, subject_ids, matrices, validation, people, targets, seed
+) -> tuple[PatternFit, PatternFit]:
+    """Fit the summary's patterns to training people, and say how large they stand in the prompt.
+
+    Parameters
+    ----------
+    subject_ids, matrices : training people, and codes (tokens,) of each or what they were before
+    validation : PromptCodes
+    people : DataFrame
+    targets : list of dict
+    seed : int
+        Of the map from scores to embeddings.
+
+    Returns
+    -------
+    training, everyone : PatternFit
+        Of training people, which the summary now holds, and of validation people too.
+    """
+    found = []
+    for names, scans in (
+        (list(subject_ids), list(matrices)),
+        ([*subject_ids, *validation.subject_ids], [*matrices, *validation.connectivity]),
+    ):
+        found.append(fit_patterns(model, scans, summary_columns(people.loc[names], targets)))
+    rows = model.get_input_embeddings().weight.detach()[: model.config.bof_token_id]
+    model.summary.start(float(rows.square().mean().sqrt()), seed)
+    model.summary.take(*found[0][:3])
+    return found[0], found[1]
+
+
+@contextmanager
+def patterns_of_all(
+    model: AVQLMForConditionalGeneration, training: PatternFit | None, everyone: PatternFit | None
+):
+    """Inside, the summary holds the patterns of training and validation people together.
+
+    Validation people chose readouts by patterns that had not seen them; what is kept may.
+    """
+    if training is None or everyone is None:
+        yield
+        return
+    model.summary.take(*everyone[:3])
+    try:
+        yield
+    finally:
+        model.summary.take(*training[:3])

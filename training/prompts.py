@@ -26,12 +26,15 @@ class Answer:
         The true number or class.
     weight : float
         What it counts in the loss.
+    told : float64 array (answers,), optional
+        A teacher's probabilities of the valid answers, in place of the true one.
     """
 
     question: str
     target: dict[str, Any]
     value: Any
     weight: float = 1.0
+    told: np.ndarray | None = None
 
 
 def checked_targets(targets: list[dict[str, Any]], participants) -> list[dict[str, Any]]:
@@ -138,7 +141,7 @@ class RowBuilder:
             positions, segments = list(range(scan)), [0] * scan
             for segment, answer in enumerate(asked, start=1):
                 text = self._text(self.processor.prompt_template(answer.question))
-                reply, shares = self.book.labels(answer.target, answer.value)
+                reply, shares = self.book.labels(answer.target, answer.value, answer.told)
                 if answer.target["kind"] == "class":
                     shares = [
                         (tokens, [answer.weight * one for one in part]) for tokens, part in shares

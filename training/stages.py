@@ -140,6 +140,12 @@ def masked_code_rows(
     }
 
 
+def without_summary(model) -> dict[str, torch.Tensor]:
+    """Arguments with which a model says nothing of a scan's summary, for it holds every code."""
+    held = getattr(model, "module", model).config.summary_patterns
+    return {"connectivity_scores": torch.zeros(1, held)} if held else {}
+
+
 def code_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross entropy of logits (rows, sequence, vocabulary) to the *next* position's labels."""
     return F.cross_entropy(
@@ -167,7 +173,8 @@ def code_perplexity(
         ids = batch["input_ids"].to(model.device)
         labels = batch["labels"].to(model.device)[:, 1:] - first
         asked = (labels >= 0) & (labels < count)
-        logits = model(input_ids=ids).logits[:, :-1][asked][:, first : first + count].float()
+        logits = model(input_ids=ids, **without_summary(model)).logits[:, :-1][asked]
+        logits = logits[:, first : first + count].float()
         total += float(F.cross_entropy(logits, labels[asked], reduction="sum"))
         seen += int(asked.sum())
     if not seen:

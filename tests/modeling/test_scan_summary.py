@@ -5,7 +5,7 @@ import torch
 
 from cortexicon.modeling import AVQLMForConditionalGeneration, ConfigurationError
 from cortexicon.modeling.answer_heads_avq_lm import AnswerHeads
-from cortexicon.modeling.scan_summary_avq import ScanSummary
+from cortexicon.modeling.scan_summary_avq import FURTHEST, LOUDNESS
 
 QUESTION = "How old is this person?"
 TARGETS = [
@@ -16,17 +16,19 @@ TARGETS = [
 
 def started(model, seed=0):
     """The model with a summary that says something."""
+    summary = model.summary
     generator = torch.Generator().manual_seed(seed)
-    tokens, codes = model.connectome.config.num_tokens, model.connectome.config.num_codes
-    people = torch.randint(codes, (20, tokens), generator=generator)
-    model.summary.start(model.connectome.quantizer.codebook[people], 0.05)
-    with torch.no_grad():
-        model.summary.map.weight.normal_(generator=generator)
+    drawn = (
+        torch.randn(part.shape, generator=generator)
+        for part in (summary.mean, summary.patterns, summary.offset)
+    )
+    summary.start(0.05, seed)
+    summary.take(*drawn)
     return model.eval()
 
 
 def test_a_fresh_summary_changes_nothing(make_avq_lm, two_streams, scan):
-    plain, summed = make_avq_lm(streams=2), make_avq_lm(streams=2, scan_summary=True)
+    plain, summed = make_avq_lm(streams=2), make_avq_lm(streams=2, summary_patterns=3)
     summed.language_model.load_state_dict(plain.language_model.state_dict())
     inputs = two_streams(text=QUESTION, fmri=scan, tr=2.0)
     arguments = {"max_new_tokens": 2, "do_sample": False}
@@ -36,10 +38,8 @@ def test_a_fresh_summary_changes_nothing(make_avq_lm, two_streams, scan):
 
 
 @pytest.mark.parametrize("mode", ["codes", "features"])
-def test_the_summary_is_a_linear_map_added_to_the_closing_marker(
-    make_avq_lm, two_streams, scan, mode
-):
-    model = started(make_avq_lm(streams=2, scan_summary=True, fmri_input=mode))
+def test_scores_are_told_to_every_token_of_the_scan(make_avq_lm, two_streams, scan, mode):
+    model = started(make_avq_lm(streams=2, summary_patterns=3, fmri_input=mode))
     inputs = two_streams(text=QUESTION, fmri=scan, tr=2.0)
     seen = []
     hook = model.language_model.register_forward_pre_hook(
@@ -52,19 +52,57 @@ def test_the_summary_is_a_linear_map_added_to_the_closing_marker(
         model(**inputs)
     hook.remove()
     added = seen[0] - seen[1]
-    where = inputs["input_ids"] == model.config.eofc_token_id
-    assert where.sum() == 1
-    assert not added[~where].any()
+    ids, config = inputs["input_ids"][0].tolist(), model.config
+    first, last = ids.index(config.bofc_token_id), ids.index(config.eofc_token_id)
+    assert last - first == config.connectome_config.num_tokens + 1
+    assert not added[0, :first].any()
+    assert not added[0, last + 1 :].any()
     out = model.connectome.encode(inputs["connectivity"])
     vectors = out.quantized if mode == "codes" else out.latents
     values = vectors[..., :-1] / vectors[..., -1:]
     summary = model.summary
-    wanted = ((values - summary.mean) / summary.scale).flatten(1) @ weight.T * summary.gain
-    torch.testing.assert_close(added[where], wanted, rtol=1e-3, atol=1e-5)
+    scores = ((values - summary.mean) * summary.patterns).sum((1, 2)) + summary.offset
+    wanted = LOUDNESS * scores.clamp(-FURTHEST, FURTHEST) @ weight.T * summary.gain
+    torch.testing.assert_close(
+        added[0, first : last + 1], wanted.expand(last - first + 1, -1), rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("mode", ["codes", "features"])
+def test_scores_that_are_given_take_the_place_of_those_that_are_read(
+    make_avq_lm, two_streams, scan, mode
+):
+    model = started(make_avq_lm(streams=2, summary_patterns=3, fmri_input=mode))
+    inputs = two_streams(text=QUESTION, fmri=scan, tr=2.0)
+    out = model.connectome.encode(inputs["connectivity"])
+    own = model.summary.scores(out.quantized if mode == "codes" else out.latents)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        torch.testing.assert_close(plain, model(**inputs, connectivity_scores=own).logits)
+        other = model(**inputs, connectivity_scores=own + 1.0).logits
+        assert (plain - other).abs().max() > 1e-4
+        silent = model(**inputs, connectivity_scores=torch.zeros(1, 3)).logits
+        model.summary.map.weight.zero_()
+        torch.testing.assert_close(silent, model(**inputs).logits)
+
+
+def test_a_silent_summary_tells_no_code_of_those_that_follow(make_avq_lm, two_streams, scan):
+    model = started(make_avq_lm(streams=2, summary_patterns=3))
+    inputs = two_streams(text=QUESTION, fmri=scan, tr=2.0, streams=("fc",))
+    codes = model.connectome.encode(inputs["connectivity"]).codes[0]
+    other = codes.clone()
+    other[-1] = (other[-1] + 1) % model.connectome.config.num_codes
+    rows = torch.tensor([two_streams.scan_ids(None, row) for row in (codes, other)])
+    upto = rows.shape[1] - 2  # the last code, then the marker
+    with torch.no_grad():
+        silent = model(rows, connectivity_scores=torch.zeros(1, 3)).logits[:, :upto]
+        telling = model(rows).logits[:, :upto]
+    torch.testing.assert_close(silent[0], silent[1])
+    assert (telling[0] - telling[1]).abs().max() > 1e-5
 
 
 def test_ids_of_codes_and_placeholders_give_the_same_answer(make_avq_lm, two_streams, scan):
-    model = started(make_avq_lm(streams=2, scan_summary=True))
+    model = started(make_avq_lm(streams=2, summary_patterns=3))
     inputs = two_streams(text=QUESTION, fmri=scan, tr=2.0, streams=("fc",))
     codes = model.connectome.encode(inputs["connectivity"]).codes
     ids = torch.tensor([two_streams.prompt_ids(None, QUESTION, codes[0])])
@@ -85,7 +123,7 @@ def test_ids_of_codes_and_placeholders_give_the_same_answer(make_avq_lm, two_str
 
 
 def test_the_summary_is_read_row_by_row_and_once(make_avq_lm, two_streams, scan):
-    model = started(make_avq_lm(streams=2, scan_summary=True))
+    model = started(make_avq_lm(streams=2, summary_patterns=3))
     scans = [scan, scan[::-1].copy()]
     inputs = two_streams(text=QUESTION, fmri=scans, tr=2.0, streams=("fc",))
     arguments = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
@@ -95,20 +133,8 @@ def test_the_summary_is_read_row_by_row_and_once(make_avq_lm, two_streams, scan)
         assert torch.equal(model.generate(**alone, **arguments)[0], both[row])
 
 
-def test_noise_is_for_training_and_only_where_there_are_values(make_avq_lm):
-    model = started(make_avq_lm(streams=2, scan_summary=True, summary_noise=0.5))
-    codebook = model.connectome.quantizer.codebook
-    vectors = codebook[: model.connectome.config.num_tokens][None]
-    assert torch.equal(model.summary(vectors), model.summary(vectors))
-    model.summary.train()
-    first, second = model.summary(vectors), model.summary(vectors)
-    assert (first - second).abs().max() > 1e-4
-    model.summary.used.zero_()
-    assert torch.equal(model.summary(vectors), model.summary(vectors))
-
-
 def test_summary_and_heads_are_saved_and_loaded(make_avq_lm, two_streams, scan, tmp_path):
-    model = make_avq_lm(streams=2, scan_summary=True, answer_heads=True, targets=TARGETS)
+    model = make_avq_lm(streams=2, summary_patterns=3, answer_heads=True, targets=TARGETS)
     started(model)
     model.heads.start({"age": torch.tensor([20.0, 30.0, 40.0])})
     model.save_pretrained(tmp_path)
@@ -130,32 +156,18 @@ def test_heads_answer_the_mean_before_training_and_stay_in_range():
     loss = heads.loss(states[:1], "age", torch.tensor([20.0]))
     torch.testing.assert_close(loss, torch.tensor([0.5]))
     torch.testing.assert_close(
-        heads.loss(states[:1], "sex", torch.tensor([1])), torch.tensor([2.0]).log()
+        heads.loss(states[:1], "sex", torch.tensor([[0.0, 1.0]])), torch.tensor([2.0]).log()
     )
     torch.nn.init.constant_(heads.out.bias, 100.0)
     assert heads.read(states, "age").tolist() == [90.0] * 5
 
 
-def test_the_mean_of_training_people_is_summed_up_as_nothing(make_avq_lm):
-    config = make_avq_lm(streams=2).config.connectome_config
-    summary = ScanSummary(config, 8)
-    summary.reset()
-    vectors = torch.rand(30, config.num_tokens, config.code_dim) + 0.5
-    summary.start(vectors, 1.0)
-    torch.nn.init.normal_(summary.map.weight)
-    values = ScanSummary.values(vectors)
-    mean = torch.cat([values.mean(0), torch.ones_like(values[0, :, :1])], -1)[None]
-    torch.testing.assert_close(summary(mean), torch.zeros(1, 8), rtol=0, atol=1e-4)
-    spread = ((values - summary.mean) / summary.scale).square().sum((1, 2)).mean()
-    torch.testing.assert_close(spread, torch.tensor(100.0))
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"summary_noise": -1.0}, "summary_noise must be at least 0"),
+        ({"summary_patterns": -1}, "summary_patterns must be an integer >= 0"),
         ({"answer_heads": True}, "answer_heads needs targets"),
-        ({"streams": 1, "scan_summary": True}, "scan_summary needs a connectome_config"),
+        ({"streams": 1, "summary_patterns": 3}, "summary_patterns needs a connectome_config"),
     ],
 )
 def test_configurations_that_cannot_be(make_avq_lm, values, message):

@@ -90,8 +90,8 @@ def test_summary_and_heads_are_trained_and_a_readout_is_chosen(
         "output": str(tmp_path / "lm"),
         "connectome": str(two_stream_run / "connectome"),
         "fmri_input": mode,
-        "scan_summary": True,
-        "summary_noise": 0.4,
+        "summary_patterns": True,
+        "teacher": True,
         "answer_heads": True,
         "balance_classes": True,
         "keep": "last",
@@ -103,10 +103,10 @@ def test_summary_and_heads_are_trained_and_a_readout_is_chosen(
     assert lm.main([write_yaml(tmp_path / "lm.yaml", values)]) == 0
     model = AVQLMForConditionalGeneration.from_pretrained(tmp_path / "lm")
     assert model.summary.map.weight.abs().max() > 0
-    assert model.summary.scale != 1
+    assert model.summary.patterns.flatten(1).any(1).all()
     assert model.heads.out.weight.abs().max() > 0
     readouts = {target["kind"]: target["readout"] for target in model.config.targets}
-    assert readouts["number"] in ("expectation", "mode", "head")
+    assert readouts["number"] in ("expectation", "median", "mode", "head")
     cohort = load_cohort(two_stream_run / "cohort")
     first = predict_cohort(tmp_path / "lm", cohort, subjects, quiet=True)
     for target in model.config.targets:
