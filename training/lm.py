@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.inference import load_connectome
-from cortexicon.inference.answers import prompt_rows, scan_arguments
+from cortexicon.inference.answers import scan_arguments
 from cortexicon.inference.predict import connectivity_codes, encode_prompts
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor, AVQTokenizer
@@ -33,23 +33,23 @@ from .callbacks import (
 )
 from .collators import draw_scans, load_fold, prepare_scans
 from .faults import StepGuard, written_whole
-from .leaks import refuse_leaks
 from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
 from .lm_stages import SideLosses, descriptions_of
 from .lm_start import (
     EncodedWindows,
     encode_windows,
+    merged,
     patterns_of_all,
+    search_leaks,
     start_summary,
     take_language_model,
+    with_fresh_blocks,
+    with_lora,
 )
 from .prompts import Answer, RowBuilder, answer_loss, checked_targets
 from .scan_patterns import summary_columns
 from .stages import wordings_of
 from .teacher import AnswerTeacher
-
-# People whose prompts are searched for leaks before training starts.
-_PEOPLE_SEARCHED = 200
 
 
 @dataclass
@@ -66,6 +66,8 @@ class LMArguments:
     fmri_input: str = "codes"
     summary_patterns: bool = False
     teacher: bool = False
+    lora_rank: int = 0
+    fresh_language_model: bool = False
     answer_heads: bool = False
     head_weight: float = 1.0
     class_weight: float = 1.0
@@ -126,6 +128,8 @@ def build_model(
             connectome.config.num_tokens,
         )
     language_model = AutoModelForCausalLM.from_pretrained(arguments.text_model, dtype=torch.float32)
+    if arguments.fresh_language_model:
+        language_model = with_fresh_blocks(language_model)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if arguments.dropout and name in language_model.config.to_dict():
             setattr(language_model.config, name, arguments.dropout)
@@ -214,7 +218,7 @@ def train(arguments: LMArguments, run: Run) -> int:
         arguments.windows_per_prompt,
         quiet=not main_process,
     )
-    _search_leaks(processor, scans, windows, matrices, targets, people, arguments)
+    search_leaks(processor, scans, windows, matrices, targets, people, arguments)
     rows = RowBuilder(processor, arguments.number_sd)
 
     def drawn_windows(scan: int, rng: np.random.Generator) -> np.ndarray:
@@ -244,10 +248,11 @@ def train(arguments: LMArguments, run: Run) -> int:
         )
     if model.heads is not None:
         start_heads(model, people.loc[scans.subject_ids])
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding = model.get_input_embeddings().weight
+    adapted = with_lora(model, arguments.lora_rank) if arguments.lora_rank else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     blocks = [model.block("fmri")] + ([] if matrices is None else [model.block("fc")])
-    if not arguments.train_code_rows:
+    if not arguments.train_code_rows and embedding.requires_grad:
         # The rows of codes stay P(codebook): most codes are too rare to learn a row from a few
         # hundred scans.
 
@@ -395,7 +400,7 @@ def train(arguments: LMArguments, run: Run) -> int:
                 best = scores[primary]
                 choose_readouts(raw_model, scores)
                 with written_whole(output) as folder, patterns_of_all(raw_model, fit, everyone):
-                    raw_model.save_pretrained(folder)
+                    merged(raw_model, adapted).save_pretrained(folder)
         due = (step + 1) % arguments.save_steps == 0
         if stop := run.end_step(step + 1, due, raw_model, optimizer.optimizer, log.seconds):
             return stop
@@ -417,19 +422,6 @@ def train(arguments: LMArguments, run: Run) -> int:
             f"best {primary.removeprefix('eval_')} on validation subjects {best:.2f}"
         )
     return 0
-
-
-def _search_leaks(processor, scans, windows, matrices, targets, people, arguments) -> None:
-    """Refuse to train on prompts that tell more than a scan's codes."""
-    count, prompts = arguments.windows_per_prompt, {}
-    for target in targets:
-        rows = {}
-        for scan, subject in enumerate(scans.subject_ids[:_PEOPLE_SEARCHED]):
-            codes = windows.codes[np.resize(windows.of_scan[scan], count)][None]
-            more = None if matrices is None else matrices[scan][None]
-            rows[subject] = prompt_rows(processor, codes, more, target["question"])[0]
-        prompts[target["question"]] = rows
-    refuse_leaks(prompts, processor.tokenizer, people)
 
 
 def best_so_far(path: Path, key: str) -> float:

@@ -1,18 +1,29 @@
-"""What `train lm` does once before its steps: codes of windows, an earlier stage, the summary."""
+"""What `train lm` does once: codes of windows, an earlier stage, the summary, adapters, leaks."""
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from cortexicon.inference.answers import prompt_rows
 from cortexicon.inference.predict import encoded_windows
 from cortexicon.modeling import AVQLMForConditionalGeneration
 
 from .arguments import TrainingError
+from .leaks import refuse_leaks
 from .scan_patterns import PatternFit, fit_patterns, summary_columns
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+#: People whose prompts are searched for leaks before training starts.
+PEOPLE_SEARCHED = 200
 
 
 @dataclass
@@ -108,3 +119,46 @@ def patterns_of_all(
         yield
     finally:
         model.summary.take(*training[:3])
+
+
+@torch.no_grad()
+def with_fresh_blocks(language_model: PreTrainedModel) -> PreTrainedModel:
+    """The same architecture and embeddings, everything else as it was before it saw text."""
+    fresh = AutoModelForCausalLM.from_config(language_model.config).to(torch.float32)
+    fresh.get_input_embeddings().weight.copy_(language_model.get_input_embeddings().weight)
+    return fresh
+
+
+def with_lora(model: AVQLMForConditionalGeneration, rank: int) -> "PeftModel":
+    """Freeze the language model but for adapters in all its linear layers and the markers' rows.
+
+    The summary's map and the heads, which are new, are trained whole. The model is changed in
+    place; what is returned can be `merged`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(model, LoraConfig(**model.lora_arguments(rank)))
+    for part in (model.summary, model.heads):
+        if part is not None:
+            part.requires_grad_(True)
+    return adapted
+
+
+def merged(model: AVQLMForConditionalGeneration, adapted: "PeftModel | None"):
+    """The model itself, or a copy into whose weights the adapters have been added."""
+    if adapted is None:
+        return model
+    return copy.deepcopy(adapted).merge_and_unload()
+
+
+def search_leaks(processor, scans, windows, matrices, targets, people, arguments) -> None:
+    """Refuse to train on prompts that tell more than a scan's codes."""
+    count, prompts = arguments.windows_per_prompt, {}
+    for target in targets:
+        rows = {}
+        for scan, subject in enumerate(scans.subject_ids[:PEOPLE_SEARCHED]):
+            codes = windows.codes[np.resize(windows.of_scan[scan], count)][None]
+            more = None if matrices is None else matrices[scan][None]
+            rows[subject] = prompt_rows(processor, codes, more, target["question"])[0]
+        prompts[target["question"]] = rows
+    refuse_leaks(prompts, processor.tokenizer, people)

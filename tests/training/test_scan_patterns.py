@@ -69,7 +69,7 @@ def test_patterns_are_a_kernel_ridge_on_decoded_matrices(model, people):
     assert fit.scores[fitted, 0].std(correction=0) == pytest.approx(1.0, abs=1e-3)
     # The same from matrices: standardised connections, one of the penalties.
     values = model.summary.values(vectors)
-    matrices = model.connectome.deviations(values).flatten(1).double().numpy()
+    matrices = model.connectome.deviations(values).detach().flatten(1).double().numpy()
     upper = np.triu(np.ones((int(matrices.shape[1] ** 0.5),) * 2), 1).ravel() > 0
     rows = matrices[:, upper]
     rows = (rows - rows.mean(0)) / rows.std(0)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.inference import cohort_matrices, encode_matrices, load_connectome
@@ -130,3 +131,38 @@ def test_prompts_of_nothing_are_refused(two_stream_run, tmp_path):
     values = {**lm_values(two_stream_run), "output": str(tmp_path / "lm"), "windows_per_prompt": 0}
     with pytest.raises(TrainingError, match=r"windows_per_prompt is 0.*connectome"):
         lm.main([write_yaml(tmp_path / "lm.yaml", values)])
+
+
+def test_adapters_are_merged_and_fresh_blocks_keep_the_embeddings(two_stream_run, tmp_path):
+    values = {
+        **lm_values(two_stream_run),
+        "output": str(tmp_path / "lm"),
+        "connectome": str(two_stream_run / "connectome"),
+        "windows_per_prompt": 0,
+        "summary_patterns": True,
+        "answer_heads": True,
+        "learning_rate": 1e-2,
+        "warmup_steps": 1,
+        "max_steps": 3,
+        "eval_steps": 3,
+        "keep": "last",
+    }
+    text = AutoModelForCausalLM.from_pretrained(two_stream_run / "text")
+    rows = text.get_input_embeddings().weight
+    found = {}
+    for name, more in (("lora", {"lora_rank": 2}), ("fresh", {"fresh_language_model": True})):
+        values |= {"output": str(tmp_path / name), **more}
+        assert lm.main([write_yaml(tmp_path / f"{name}.yaml", values)]) == 0
+        found[name] = AVQLMForConditionalGeneration.from_pretrained(tmp_path / name)
+        assert (
+            found[name].get_output_embeddings().weight is found[name].get_input_embeddings().weight
+        )
+        values.pop(next(iter(more)))
+    block = "transformer.h.0.mlp.c_fc.weight"
+    before = text.state_dict()[block]
+    after = {name: model.language_model.state_dict()[block] for name, model in found.items()}
+    assert torch.linalg.matrix_rank(after["lora"] - before, tol=1e-6) == 2
+    assert (after["fresh"] - before).abs().max() > 0.02
+    # An adapter leaves the rows of text as they were; so does a fresh start, before its steps.
+    assert torch.equal(found["lora"].get_input_embeddings().weight[: len(rows)], rows)
+    assert (found["fresh"].get_input_embeddings().weight[: len(rows)] - rows).abs().max() < 0.1
