@@ -6,8 +6,9 @@ from .configuration_avq_lm import AVQLMConfig
 from .configuration_fmri_mae import FMRIMAEConfig
 from .configuration_fmri_prefix_lm import FMRIPrefixLMConfig
 from .generation_avq_lm import AnswersOnly, CodesOnly
+from .inputs_avq import fisher_z_matrices
 from .modeling_avq import AVQModel
-from .modeling_avq_connectome import AVQConnectomeModel, fisher_z_matrices
+from .modeling_avq_connectome import AVQConnectomeModel
 from .modeling_avq_lm import AVQLMForConditionalGeneration
 from .modeling_fmri_mae import FMRIMAEEncoderOutput, FMRIMAEModel, FMRIMAEOutput
 from .modeling_fmri_prefix_lm import FMRIPrefixLM

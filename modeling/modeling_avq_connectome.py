@@ -21,8 +21,6 @@ from .outputs_avq_connectome import (
 )
 from .quantization_avq import AVQCodebook
 
-_LARGEST_CORRELATION = 0.999999
-
 
 class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
     """Vector-quantised autoencoder of a Fisher-z connectivity matrix, of any parcellation.
@@ -431,35 +429,6 @@ class AVQConnectomeModel(TextSpace, AVQPreTrainedModel):
         """Deviations (batch, regions, regions) of values in units of the anchor."""
         components = self.deal.inverse((self.anchor * values)[:, None])[:, 0]
         return self.components.inverse(components, coordinates)
-
-
-def fisher_z_matrices(series, region_mask=None):
-    """Fisher-z correlation matrices of scans, in float64 inside.
-
-    Parameters
-    ----------
-    series : float, shape (batch, time, regions)
-    region_mask : bool, shape (batch, regions), optional
-        Regions that count; those that do not vary never do.
-
-    Returns
-    -------
-    matrices : float32, shape (batch, regions, regions)
-        The diagonal and missing regions 0.
-    region_mask : bool, shape (batch, regions)
-    """
-    series = series.double()
-    mask = whole_mask(region_mask, "region_mask", len(series), series.shape[2], series.device)
-    series = torch.where(mask[:, None], series, torch.zeros_like(series))
-    mask = mask & (series.amax(1) > series.amin(1)) & torch.isfinite(series).all(1)
-    centred = (series - series.mean(1, keepdim=True)).masked_fill(~mask[:, None], 0.0)
-    scaled = F.normalize(centred, dim=1)
-    correlation = (scaled.transpose(1, 2) @ scaled).clamp(
-        -_LARGEST_CORRELATION, _LARGEST_CORRELATION
-    )
-    outside = ~(mask[:, :, None] & mask[:, None, :])
-    outside |= torch.eye(series.shape[2], dtype=torch.bool, device=series.device)
-    return torch.atanh(correlation).masked_fill(outside, 0.0).float(), mask
 
 
 AVQConnectomeConfig.register_for_auto_class()
