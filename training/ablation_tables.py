@@ -53,7 +53,7 @@ def render(file: CellsFile, known: Sequence[dict[str, Any]]) -> tuple[str, int]:
     missing = len({(c.name, c.seed) for c in file.cells} - {key for one in groups for key in one})
     if not groups:
         return "No cell has been run yet.", missing
-    tables = []
+    tables: list[str] = []
     for found in groups:
         data = next(iter(found.values()))[1]["data"]
         names = ", ".join(f"{key.replace('_', ' ')} `{value[:12]}`" for key, value in data.items())
