@@ -29,6 +29,12 @@ assert type(model).__module__.startswith("cortexicon.modeling")
 scan = processor.feature_extractor(torch.randn(90, 48).numpy() + 100, tr=2.0)
 codes = model.encode(**{name: scan[name] for name in scan if name != "num_windows"}).codes
 print(tuple(codes.shape))
+box = {"pretrained_model_name_or_path": sys.argv[2]}
+model = AutoModel.from_pretrained(**box)
+connectome = AutoModel.from_pretrained(**box, subfolder="connectome")
+scan = AutoProcessor.from_pretrained(**box)(fmri=torch.randn(150, 200).numpy() + 100, tr=1.5)
+print(tuple(model.encode(scan["input_values"]).codes.shape))
+print(tuple(connectome.encode(scan["connectivity"]).codes.shape))
 """
 
 
@@ -116,7 +122,7 @@ def test_the_archives_hold_what_a_user_needs_and_no_weights(archives):
 
 @pytest.mark.parametrize("number", [0, 1], ids=["wheel", "source archive"])
 def test_a_base_install_loads_a_checkpoint_from_outside_the_checkout(
-    archives, empty_python, run_folder, tmp_path, number
+    archives, empty_python, run_folder, repository, tmp_path, number
 ):
     keep = ("PYTHONPATH", "VIRTUAL_ENV")
     environment = {k: v for k, v in os.environ.items() if k not in keep}
@@ -131,8 +137,9 @@ def test_a_base_install_loads_a_checkpoint_from_outside_the_checkout(
         install.append("--no-build-isolation")
     run(*install, "--force-reinstall", archives[number], env=environment, cwd=tmp_path)
     environment.pop("PYTHONPATH", None)
-    out = run(empty_python, "-c", SMOKE, run_folder / "avq", env=environment, cwd=tmp_path)
-    assert out.strip() == "(2, 4)"
+    box = repository / "checkpoints" / "avq_abide_cc200"
+    out = run(empty_python, "-c", SMOKE, run_folder / "avq", box, env=environment, cwd=tmp_path)
+    assert out.splitlines() == ["(2, 4)", "(2, 128)", "(1, 64)"]
     command = empty_python.parent / "cortexicon"
     assert "usage: cortexicon" in run(command, "--help", env=environment, cwd=tmp_path)
     done = subprocess.run(
