@@ -55,7 +55,7 @@ from cortexicon.modeling import AVQConnectomeModel
 OURS = "AVQ connectome"
 # The first of `PLAIN` has our bits.
 FEW = (RAW, GROUP_MEAN, next(iter(PLAIN)))
-PLAIN_ROWS = {"all": (RAW, GROUP_MEAN, *PLAIN), "few": FEW, "none": ()}
+PLAIN_ROWS = {"all": (RAW, GROUP_MEAN, *PLAIN), "few": FEW, "raw": (RAW,), "none": ()}
 TARGETS = ("age", "sex", "diagnosis")
 
 

@@ -159,7 +159,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "--plain",
-        choices=("all", "few", "none"),
+        choices=("all", "few", "raw", "none"),
         default="all",
         help="plain rows beside the checkpoints (few: raw, group mean, PCA + k-means of our bits)",
     )
