@@ -35,6 +35,7 @@ def write_results(
     tables: dict[str, list[pd.DataFrame]] = {view.entry.name: [] for view in views}
     states: list[dict[str, Any]] = []
     spent: dict[str, list[dict[str, Any]]] = {}
+    whose: dict[str, tuple[str, str]] = {}
     for cell in cells:
         outcome = read_outcome(cell, out) or {"status": "missing"}
         rows = None
@@ -56,6 +57,7 @@ def write_results(
             continue
         for name in rows["system"].unique():
             facts.setdefault(name, _facts(cell.system, name, cell.control))
+            whose[name] = (cell.system.name, cell.control)
             spent.setdefault(name, []).append(outcome)
         for view in views:
             if view.split.hash == cell.split.hash:
@@ -67,6 +69,11 @@ def write_results(
                 tables[view.entry.name].append(outside_rows(system, view, cohort, suite.targets))
     for name, outcomes in spent.items():
         facts[name]["cost"] = _cost(outcomes)
+        mine = [cell for cell in cells if (cell.system.name, cell.control) == whose[name]]
+        if len(outcomes) < len(mine) and facts[name]["ranked"]:
+            # Other folds are other people: its score cannot stand beside those of whole systems.
+            so_far = f"{len(outcomes)} of {len(mine)} cells so far"
+            facts[name] |= {"ranked": False, "reason": so_far}
     scored: dict[str, dict[str, Any]] = {}
     pooled: dict[str, pd.DataFrame] = {}
     for view in views:
