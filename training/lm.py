@@ -394,6 +394,8 @@ def train(arguments: LMArguments, run: Run) -> int:
             if "text" in side.weights:
                 scores["eval_text_perplexity"] = side.perplexity(raw_model)
                 scores["text_perplexity_before"] = before
+            if "code" in side.weights:
+                scores |= side.code_scores(raw_model, validation, windows.codes)
             log.write(step + 1, **scores)
             last = step + 1 == arguments.max_steps
             if last if arguments.keep == "last" else scores[primary] < best:

@@ -16,7 +16,9 @@ from cortexicon.modeling import AVQLMForConditionalGeneration
 from .arguments import TrainingError
 from .corpus import local_corpus
 from .stages import (
+    best_unigram_perplexity,
     code_loss,
+    code_perplexity,
     describe_scan,
     masked_code_rows,
     next_code_rows,
@@ -103,6 +105,33 @@ class SideLosses:
     def perplexity(self, model: AVQLMForConditionalGeneration) -> float:
         """Perplexity of held-out text: exp of the mean cross entropy in nats."""
         return text_perplexity(model, self.held_out, self.length)
+
+    def code_scores(self, model, validation, training_windows: np.ndarray) -> dict[str, float]:
+        """Perplexity of validation people's next code, and of the best unigram of training codes.
+
+        Parameters
+        ----------
+        model : AVQLMForConditionalGeneration
+        validation : PromptCodes
+        training_windows : int64 array, (windows, tokens)
+        """
+        held, more = validation.flat
+        streams = {"fmri": (training_windows, held)} if held.shape[1] else {}
+        if more is not None:
+            streams["fc"] = np.stack(self.connectivity), more
+        rows = [
+            next_code_rows(
+                self.processor, held[k : k + 8], None if more is None else more[k : k + 8]
+            )
+            for k in range(0, len(held), 8)
+        ]
+        found = {}
+        for stream, (training, codes) in streams.items():
+            found[f"eval_{stream}_code_perplexity"] = code_perplexity(model, rows, stream)
+            found[f"eval_{stream}_unigram_perplexity"] = best_unigram_perplexity(
+                training, codes, model.block(stream)[1]
+            )
+        return found
 
 
 def corpus_ids(tokenizer, arguments, at_least: int) -> tuple[np.ndarray, np.ndarray]:
