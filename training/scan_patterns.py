@@ -88,13 +88,20 @@ def leave_one_out(
     return wanted - dual / np.diag(residual), dual, float(side @ wanted / side.sum())
 
 
+def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> float:
+    """Weighted Pearson correlation."""
+    a, b = (part - np.average(part, weights=weights) for part in (first, second))
+    size = (weights * a**2).sum() * (weights * b**2).sum()
+    return float((weights * a * b).sum() / np.sqrt(max(size, 1e-30)))
+
+
 @torch.no_grad()
 def fit_patterns(
     model: AVQLMForConditionalGeneration,
     scans: Sequence[np.ndarray],
     columns: Sequence[tuple[str, np.ndarray]],
 ) -> PatternFit:
-    """Fit a pattern to each column; its penalty is the one with the least leave-one-out error.
+    """Fit a pattern to each column, with the penalty whose leave-one-out scores go with it best.
 
     Parameters
     ----------
@@ -132,8 +139,10 @@ def fit_patterns(
         if set(np.unique(wanted)) == {0.0, 1.0}:
             weights = 0.5 / np.where(wanted == 1, wanted.mean(), 1 - wanted.mean())
         fits = [leave_one_out(own, wanted, weights, penalty) for penalty in PENALTIES]
-        errors = [(weights * (found - wanted) ** 2).mean() for found, _, _ in fits]
-        found, dual, intercept = fits[int(np.argmin(errors))]
+        # NOTE: not by squared error, which shrinks a weak pattern until it ranks people badly: how
+        # far scores reach does not matter, they are standardised.
+        agreement = [_correlation(found, wanted, weights) for found, _, _ in fits]
+        found, dual, intercept = fits[int(np.argmax(agreement))]
         centre, size = found.mean(), max(float(found.std()), 1e-6)
         pattern = read @ (scale * (dual @ connections[told])) / connections.shape[1]
         everyone = away @ pattern + intercept

@@ -46,7 +46,7 @@ def test_every_stage_has_its_loss_and_text_is_watched(first_stage):
     assert scores["eval_text_perplexity"] > 1
     assert scores["text_perplexity_before"] > 1
     for stream in ("fmri", "fc"):
-        assert 1 < scores[f"eval_{stream}_unigram_perplexity"] <= model.block(stream)[1] * 1.01
+        assert 1 < scores[f"eval_{stream}_unigram_perplexity"] <= model.block(stream)[1] * 1.1
         assert scores[f"eval_{stream}_code_perplexity"] > 1
     assert all(torch.isfinite(value).all() for value in model.state_dict().values())
 
