@@ -52,8 +52,8 @@ class AnswerBook:
         if told is not None:
             begins = [ids[0] for ids in self.valid(target)]
             if len(set(begins)) == len(begins):
-                reply, shares = self.labels(target, value)
-                return reply, [(begins, told.tolist()), *shares[1:]]
+                reply, true = self.labels(target, value)
+                return reply, [(begins, told.tolist()), *true[1:]]
         if target["kind"] == "class":
             reply = self.answer_ids(str(value))
             return reply, [([token], [1.0]) for token in reply]
