@@ -90,13 +90,22 @@ def start_summary(
     -------
     training, everyone : PatternFit
         Of training people, which the summary now holds, and of validation people too.
+
+    Raises
+    ------
+    TrainingError
+        A class that only validation people have.
     """
-    found = []
-    for names, scans in (
-        (list(subject_ids), list(matrices)),
-        ([*subject_ids, *validation.subject_ids], [*matrices, *validation.connectivity]),
-    ):
-        found.append(fit_patterns(model, scans, summary_columns(people.loc[names], targets)))
+    both = [*subject_ids, *validation.subject_ids]
+    columns = [summary_columns(people.loc[names], targets) for names in (list(subject_ids), both)]
+    names, others = ([name for name, _ in found] for found in columns)
+    if names != others:
+        raise TrainingError(
+            f"summary_patterns: training people have {', '.join(names)}; together with validation "
+            f"people it is {', '.join(others)}. Leave rare classes out, or split anew."
+        )
+    scans = list(matrices), [*matrices, *validation.connectivity]
+    found = [fit_patterns(model, *given) for given in zip(scans, columns, strict=True)]
     rows = model.get_input_embeddings().weight.detach()[: model.config.bof_token_id]
     model.summary.start(float(rows.square().mean().sqrt()), seed)
     model.summary.take(*found[0][:3])
