@@ -325,5 +325,5 @@ def draw_cost(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> 
     panel.margins(x=0.12, y=0.15)
     title, label = f"{target}", _score_label(scored, target)
     finish(panel, title, "seconds for one fold", label, legend=False)
-    figure.legend(loc="outside right upper", fontsize=7, handlelength=0, handletextpad=0.4)
+    figure.legend(loc="outside right upper", fontsize=7, handlelength=1.5, handletextpad=1.0)
     return figure

@@ -70,7 +70,8 @@ def write_results(
     for name, outcomes in spent.items():
         facts[name]["cost"] = _cost(outcomes)
         mine = [cell for cell in cells if (cell.system.name, cell.control) == whose[name]]
-        if len(outcomes) < len(mine) and facts[name]["ranked"]:
+        plain = facts[name]["ranked"] and not facts[name]["control"]
+        if plain and len(outcomes) < len(mine):
             # Other folds are other people: its score cannot stand beside those of whole systems.
             so_far = f"{len(outcomes)} of {len(mine)} cells so far"
             facts[name] |= {"ranked": False, "reason": so_far}
