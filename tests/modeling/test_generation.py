@@ -39,7 +39,8 @@ def test_only_codes_of_the_stream_are_written_and_they_decode(make_avq_lm, two_s
     model = make_avq_lm(streams=2)
     inputs = two_streams(text=["A scan of a young person.", "Of an old one:"])
     torch.manual_seed(0)
-    codes = model.generate_codes(**inputs, stream=stream, do_sample=True)
+    # Two rows of this tiny codebook are four times as long as the others: flatter, all are drawn.
+    codes = model.generate_codes(**inputs, stream=stream, do_sample=True, temperature=3.0)
     first, count = model.block(stream)
     assert codes.shape == (2, 6 if stream == "fmri" else 3)
     assert codes.min() >= 0

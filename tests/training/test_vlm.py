@@ -94,6 +94,7 @@ def test_train_generate_save_reload_and_merge(trained, run, tmp_path):
     every = read_predictions([trained / "predictions_readouts.csv"])
     assert {name.rpartition("(")[2] for name in every["system"]} == {
         "expectation)",
+        "median)",
         "mode)",
         "generated)",
         "options)",
