@@ -151,6 +151,11 @@ def _split(entry: SplitEntry, cohort: Cohort) -> Split:
             f"split {entry.name!r}: expected folds in 0..{len(split) - 1} with subjects in part "
             f"{entry.part!r}, found folds {list(folds)}."
         )
+    if strange := sorted(set(entry.control_folds or ()) - set(folds)):
+        raise TrainingError(
+            f"split {entry.name!r}, control_folds: expected some of the folds {list(folds)}, "
+            f"found {strange}."
+        )
     return split
 
 
@@ -165,8 +170,10 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
         targets = suite.targets if system.uses("target") else [None]
         for view in views:
             folds = view.entry.folds or range(len(view.split))
+            controlled = folds if view.entry.control_folds is None else view.entry.control_folds
             for fold in folds:
-                for control, arguments in {"": [], **system.controls}.items():
+                controls = system.controls if fold in controlled else {}
+                for control, arguments in {"": [], **controls}.items():
                     for seed in seeds:
                         for target in targets:
                             content = [

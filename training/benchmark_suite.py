@@ -17,7 +17,7 @@ KINDS = ("baseline", "command", "file")
 #: Controls that need nothing of a system: it is given another cohort in place of the true one.
 COHORT_CONTROLS = ("permuted labels", "another scan", "noise scan")
 SUITE_KEYS = ("title", "cohort", "targets", "seeds", "splits", "systems", "num_resamples")
-SPLIT_KEYS = ("scheme", "num_folds", "seed", "file", "part", "folds")
+SPLIT_KEYS = ("scheme", "num_folds", "seed", "file", "part", "folds", "control_folds")
 SYSTEM_KEYS = {
     "baseline": ("name", "kind", "features", "harmonised", "seen"),
     "command": ("name", "kind", "shared", "steps", "controls", "ranked", "reason", "seen", "what"),
@@ -46,6 +46,8 @@ class SplitEntry(NamedTuple):
         Of `make_split`; or `file` is a split file.
     folds : list of int or None
         Those to run; None: all.
+    control_folds : list of int or None
+        Those of them in which controls are run; None: all.
     """
 
     name: str
@@ -55,6 +57,7 @@ class SplitEntry(NamedTuple):
     seed: int
     file: str | None
     folds: list[int] | None
+    control_folds: list[int] | None
 
 
 class System(NamedTuple):
@@ -171,6 +174,7 @@ def _split(name: str, entry: Any, path: Path) -> SplitEntry:
         int(entry.get("seed", 0)),
         entry.get("file"),
         entry.get("folds"),
+        entry.get("control_folds"),
     )
 
 

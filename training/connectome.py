@@ -137,11 +137,12 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
     validation = matrices_of(cohort, list(parts["validation"]))
     free = further_scans(cohort, parts, fitted) if arguments.more_scans else []
     more = [matrices_of(cohort, free)] if free else []
+    labelled = Matrices(*(torch.cat(part) for part in zip(training, *more, strict=True)))
     more += sub_windows(cohort, fitted, arguments.sub_windows)
     more += [mirrored(training, cohort.coordinates)] if arguments.mirrored else []
     more += other_atlases(arguments.more_cohorts, fitted, training, cohort.coordinates)
 
-    told = target_columns(cohort.participants.loc[fitted], arguments.targets)
+    told = target_columns(cohort.participants.loc[[*fitted, *free]], arguments.targets)
     if len(told) > model.config.num_directions:
         raise TrainingError(
             f"targets: expected at most num_directions = {model.config.num_directions} patterns, "
@@ -170,7 +171,7 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         region_mask=training.region_mask,
         more_matrices=extra[0],
         more_region_mask=extra[1],
-        patterns=patterns_of(training, told, arguments.target_penalty),
+        patterns=patterns_of(labelled, told, arguments.target_penalty),
         shrinkage=arguments.shrinkage,
     )
     model.start_codebook(
@@ -180,7 +181,7 @@ def train(arguments: ConnectomeArguments, run: Run) -> int:
         seed=arguments.seed,
         flip_sign=arguments.flip_sign,
     )
-    del dealt, extra, more
+    del dealt, extra, more, labelled
     centre = model.components.mean_at(model._coordinates(None, None))[0].clone()
     final = evaluate(model, validation, arguments.batch_size, centre)
     log.write(0, **final)

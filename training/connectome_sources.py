@@ -40,7 +40,8 @@ def matrices_of(
 def further_scans(cohort: Cohort, parts: dict[str, list[str]], fitted: list[str]) -> list[str]:
     """Scans of training sites that no part names, of people that no part names either.
 
-    Quality control kept them out of the split; they still say which connections vary together.
+    Quality control kept them out of the split; they still say which connections vary together, and
+    where variables of people show.
     """
     table = cohort.participants
     named = {subject for subjects in parts.values() for subject in subjects}

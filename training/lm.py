@@ -32,6 +32,7 @@ from .callbacks import (
     write_run_facts,
 )
 from .collators import draw_scans, load_fold, prepare_scans
+from .connectome_sources import further_scans
 from .faults import StepGuard, written_whole
 from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
 from .lm_stages import SideLosses, descriptions_of
@@ -85,6 +86,7 @@ class LMArguments:
     text_length: int = 128
     paraphrases: bool = False
     fold: int = 0
+    more_scans: bool = False
     windows_per_prompt: int = 1
     prompts_per_scan: int = 2
     window_stride: int = 10
@@ -189,6 +191,9 @@ def train(arguments: LMArguments, run: Run) -> int:
         raise TrainingError(
             f"{arguments.avq} holds no trained codec. Train it first: cortexicon train avq CONFIG."
         )
+    if arguments.more_scans:
+        more = further_scans(cohort, parts, parts["train"])
+        parts = {**parts, "train": [*parts["train"], *more]}
     people = cohort.participants
     used = people.loc[parts["train"] + parts["validation"]]
     targets = checked_targets(arguments.targets, used)

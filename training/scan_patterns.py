@@ -14,7 +14,7 @@ import torch
 
 from cortexicon.modeling import AVQLMForConditionalGeneration
 
-from .patterns import target_columns
+from .patterns import balanced_weights, leave_one_out, target_columns
 
 #: Penalties to choose from, of a kernel whose diagonal is about 1.
 PENALTIES = (0.03, 0.1, 0.3, 1.0, 3.0)
@@ -60,32 +60,6 @@ def summary_columns(
         told = column.astype(str).where(column.notna(), None)
         table[target["name"]] = column if target["kind"] == "number" else told
     return target_columns(table, list(table))
-
-
-def leave_one_out(
-    kernel: np.ndarray, wanted: np.ndarray, weights: np.ndarray, penalty: float
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Weighted kernel ridge with an intercept, and what it says of each row without that row.
-
-    Parameters
-    ----------
-    kernel : float64, (rows, rows)
-    wanted, weights : float64, (rows,)
-    penalty : float
-
-    Returns
-    -------
-    found : float64, (rows,)
-        The regression fitted to all other rows, at this row (Wahba 1990; exact).
-    dual : float64, (rows,)
-        Of all rows: a query with kernel k has k @ dual + intercept.
-    intercept : float
-    """
-    inverse = np.linalg.inv(kernel + np.diag(penalty / weights))
-    side = inverse.sum(1)
-    residual = inverse - np.outer(side, side) / side.sum()  # the intercept is not penalised
-    dual = residual @ wanted
-    return wanted - dual / np.diag(residual), dual, float(side @ wanted / side.sum())
 
 
 def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> float:
@@ -135,9 +109,7 @@ def fit_patterns(
     for _, column in columns:
         told = np.isfinite(column)
         wanted, own = column[told], kernel[np.ix_(told, told)]
-        weights = np.ones(len(wanted))
-        if set(np.unique(wanted)) == {0.0, 1.0}:
-            weights = 0.5 / np.where(wanted == 1, wanted.mean(), 1 - wanted.mean())
+        weights = balanced_weights(wanted)
         fits = [leave_one_out(own, wanted, weights, penalty) for penalty in PENALTIES]
         # NOTE: not by squared error, which shrinks a weak pattern until it ranks people badly: how
         # far scores reach does not matter, they are standardised.

@@ -361,6 +361,21 @@ def test_a_wrong_suite_is_refused(tmp_path, change, message):
         read_suite(write_suite(tmp_path / "s.yaml", "cohort", [{**GOOD, **change}]))
 
 
+def test_controls_can_be_run_in_some_of_the_folds(cohort_folder, tmp_path, capsys):
+    entry = {"scheme": "site_stratified", "num_folds": 2, "control_folds": [1]}
+    system = {**GOOD, "controls": ["noise scan"]}
+    suite = tmp_path / "s.yaml"
+    write_suite(suite, cohort_folder, [system], splits={"people": entry})
+    assert run(suite, tmp_path / "out", "--list", "--only", GOOD["name"]) == 0
+    lines = [line.split("to do")[1] for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    (controlled,) = [line for line in lines if "noise scan" in line]
+    assert "fold 1" in controlled
+    write_suite(suite, cohort_folder, [system], splits={"people": {**entry, "folds": [0]}})
+    assert run(suite, tmp_path / "out", "--list") == 2
+    assert "control_folds: expected some of the folds [0], found [1]" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
@@ -389,7 +404,7 @@ def test_placeholders_and_the_arguments_of_a_control(tmp_path):
     assert filled(["a", "{resume}"], cell, tmp_path, resume=True) == ["a", "true"]
 
 
-@pytest.mark.parametrize("name", ["abide", "demo"])
+@pytest.mark.parametrize("name", ["abide", "abide_lm", "demo"])
 def test_the_suites_of_the_repository_are_valid(repository, name):
     suite = read_suite(repository / "evaluation" / "suites" / f"{name}.yaml")
     assert suite.targets == ["age", "sex", "diagnosis"]

@@ -8,7 +8,15 @@ import torch
 import yaml
 
 from cortexicon import cli
-from cortexicon.cohorts import load_cohort, make_split, save_cohort, simulate_cohort
+from cortexicon.cohorts import (
+    Split,
+    build_cohort,
+    load_cohort,
+    load_split,
+    make_split,
+    save_cohort,
+    simulate_cohort,
+)
 from cortexicon.evaluation import read_predictions
 from cortexicon.evaluation.connectivity import correlation_by_scan
 from cortexicon.inference import cohort_matrices, decode_matrices, load_connectome, read_codes
@@ -191,6 +199,40 @@ def test_scans_of_held_out_people_and_sites_serve_nothing(folder):
     assert found
     assert set(sites[found]) == {sites[subjects[0]]}
     assert not set(found) & {*fitted, *subjects[-5:]}
+
+
+def test_variables_of_scans_kept_out_of_the_split_serve_the_patterns(folder, tmp_path):
+    # Ten people of whom the split knows nothing, and what became of their age.
+    cohort = load_cohort(folder / "cohort")
+    split = load_split(folder / "split.json", cohort)
+    out = split[0]["train"][:10]
+    kept = {
+        part: [s for s in people if s not in out or part == "test"]
+        for part, people in split[0].items()
+    }
+    weights = {}
+    for name, people in (("as it is", []), ("further", out), ("held out", split[0]["test"])):
+        table = cohort.participants.copy()
+        table.loc[people, "age"] = table.loc[people[::-1], "age"].to_numpy()
+        values = np.concatenate([cohort.series(s).values for s in cohort.subject_ids])
+        other = build_cohort(values, table.reset_index(), cohort.regions, cohort.atlas)
+        save_cohort(other, tmp_path / name / "cohort")
+        here = tmp_path / name
+        Split("site_stratified", [kept], other.content_hash).save(here / "split.json")
+        run("train", "avq", folder / "config.yaml", "--set", f"cohort={here / 'cohort'}",
+            f"split={here / 'split.json'}", f"output={here / 'codec'}")  # fmt: skip
+        weights[name] = load_connectome(here / "codec").components.state_dict()
+    facts = json.loads((tmp_path / "further" / "codec" / "run.json").read_text())
+    assert facts["training_scans"] == 25
+    assert facts["more_matrices"] == 10
+
+    def same(first, second):
+        return all(
+            torch.equal(tensor, weights[second][key]) for key, tensor in weights[first].items()
+        )
+
+    assert not same("as it is", "further")
+    assert same("as it is", "held out")
 
 
 def test_mirrored_twice_is_the_same_brain():

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from cortexicon.training.arguments import TrainingError
-from cortexicon.training.patterns import ridge_patterns, target_columns
+from cortexicon.training.patterns import balanced_weights, ridge_patterns, target_columns
 
 PEOPLE, PAIRS = 400, 30
 
@@ -45,6 +45,20 @@ def test_patterns_point_where_a_variable_shows(cohort):
     told = np.isfinite(table["age"].to_numpy())
     predicted = (rows @ found[0])[told]
     assert np.corrcoef(predicted, np.log(table["age"][told]))[0, 1] > 0.98
+
+
+def test_a_rare_class_counts_as_much_as_the_other():
+    rare = np.array([1.0] + [0.0] * 3)
+    np.testing.assert_allclose(balanced_weights(rare), [2.0, 2 / 3, 2 / 3, 2 / 3])
+    np.testing.assert_array_equal(balanced_weights(np.array([0.0, 1.0, 2.0])), 1.0)
+    # One class lies in the second connection's extremes on one side; what is weighed is that class.
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(PEOPLE, 5)).astype(np.float32)
+    few = np.where(rows[:, 1] > 1.5, "f", "m")
+    table = pd.DataFrame({"sex": few, "other": np.where(few == "f", "m", "f")})
+    found = ridge_patterns(rows, target_columns(table, ["sex", "other"]), penalty=0.3)
+    np.testing.assert_allclose(found[0], -found[1], atol=1e-6)
+    assert np.abs(found[0]).argmax() == 1
 
 
 def test_what_tells_nothing_is_refused(cohort):

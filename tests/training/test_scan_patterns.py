@@ -11,7 +11,8 @@ from cortexicon.inference import load_connectome
 from cortexicon.inference.answers import answers_of, median
 from cortexicon.modeling.scan_summary_avq import ScanSummary
 from cortexicon.training.answers import AnswerBook
-from cortexicon.training.scan_patterns import fit_patterns, leave_one_out, summary_columns
+from cortexicon.training.patterns import leave_one_out
+from cortexicon.training.scan_patterns import fit_patterns, summary_columns
 from cortexicon.training.teacher import AnswerTeacher
 
 AGE = {"name": "age", "kind": "number", "minimum": 10, "maximum": 80}

@@ -1,12 +1,14 @@
 """`train lm` with the connectivity stream: rows, prompts, predictions, and connectivity alone."""
 
+import json
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cortexicon.cohorts import load_cohort, load_split
+from cortexicon.cohorts import Split, load_cohort, load_split
 from cortexicon.inference import cohort_matrices, encode_matrices, load_connectome
 from cortexicon.inference.answers import prompt_rows
 from cortexicon.inference.predict import encode_prompts, predict_cohort
@@ -117,6 +119,30 @@ def test_summary_and_heads_are_trained_and_a_readout_is_chosen(
     for table in (first, second):
         ages = table.loc[table["target"] == "age", "y_hat"].astype(float)
         assert ages.between(*[model.config.targets[0][key] for key in ("minimum", "maximum")]).all()
+
+
+def test_scans_kept_out_of_the_split_are_trained_on(two_stream_run, tmp_path):
+    cohort = load_cohort(two_stream_run / "cohort")
+    parts = load_split(two_stream_run / "split.json", cohort)[0]
+    kept = {**parts, "train": parts["train"][3:]}
+    Split("hash", [kept], cohort.content_hash).save(tmp_path / "split.json")
+    sites = cohort.participants["site"]
+    of_these_sites = {sites[subject] for subject in kept["train"]}
+    further = [subject for subject in parts["train"][:3] if sites[subject] in of_these_sites]
+    assert further
+    values = {
+        **lm_values(two_stream_run),
+        "output": str(tmp_path / "lm"),
+        "split": str(tmp_path / "split.json"),
+        "connectome": str(two_stream_run / "connectome"),
+        "windows_per_prompt": 0,
+        "more_scans": True,
+        "max_steps": 2,
+        "eval_steps": 2,
+    }
+    assert lm.main([write_yaml(tmp_path / "lm.yaml", values)]) == 0
+    facts = json.loads((tmp_path / "lm" / "run.json").read_text())
+    assert facts["training_scans"] == len(kept["train"]) + len(further)
 
 
 def test_balanced_classes_count_the_same():
