@@ -12,7 +12,7 @@ from cortexicon.inference.answers import answers_of, median
 from cortexicon.modeling.scan_summary_avq import ScanSummary
 from cortexicon.training.answers import AnswerBook
 from cortexicon.training.patterns import leave_one_out
-from cortexicon.training.scan_patterns import fit_patterns, summary_columns
+from cortexicon.training.scan_patterns import PENALTIES, fit_patterns, summary_columns
 from cortexicon.training.teacher import AnswerTeacher
 
 AGE = {"name": "age", "kind": "number", "minimum": 10, "maximum": 80}
@@ -76,7 +76,7 @@ def test_patterns_are_a_kernel_ridge_on_decoded_matrices(model, people):
     rows = (rows - rows.mean(0)) / rows.std(0)
     kernel, wanted = rows @ rows.T / rows.shape[1], np.log(people["age"].to_numpy()[fitted])
     found_by = {}
-    for penalty in (0.03, 0.1, 0.3, 1.0, 3.0):
+    for penalty in PENALTIES:
         found, dual, _ = leave_one_out(kernel[np.ix_(fitted, fitted)], wanted, np.ones(39), penalty)
         found_by[np.corrcoef(found, wanted)[0, 1]] = kernel[:, fitted] @ dual, found
     told, found = found_by[max(found_by)]

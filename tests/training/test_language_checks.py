@@ -1,0 +1,96 @@
+"""Checks of a language model: wordings, swapped scans, and scans written after a sentence."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from cortexicon.cohorts import load_cohort, load_split
+from cortexicon.inference import cohort_matrices
+from cortexicon.inference.answers import ScanAnswers, answers_of
+from cortexicon.inference.predict import PromptCodes, load_language_model
+from cortexicon.training import TrainingError, language_checks
+from cortexicon.training.lm_stages import descriptions_of
+from cortexicon.training.stages import wordings_of
+
+TARGET = {"name": "age", "kind": "number", "minimum": 0, "maximum": 99, "question": "Age?"}
+
+
+@pytest.fixture(scope="module")
+def cohort(two_stream_run):
+    return load_cohort(two_stream_run / "cohort")
+
+
+def test_a_reader_of_scans_is_told_from_one_that_listens_to_words(cohort, monkeypatch):
+    people = cohort.subject_ids[:8]
+    truth = cohort.participants.loc[people, "age"].round().to_numpy(int)
+    prompts = PromptCodes(list(people), truth.reshape(-1, 1, 1, 1), {})
+    held_out = wordings_of(TARGET)[1]
+
+    def answers(model, processor, prompts, target, question=None):
+        # The code of a scan is its age; held-out wordings make the answer two years older.
+        shares = np.zeros((len(prompts.codes), len(answers_of(target))))
+        older = 2 if question in held_out else 0
+        shares[np.arange(len(shares)), prompts.codes[:, 0, 0, 0] + older] = 1.0
+        return ScanAnswers(shares, np.ones(len(shares)))
+
+    monkeypatch.setattr(language_checks, "pooled_answers", answers)
+    config = SimpleNamespace(targets=[TARGET])
+    loaded = SimpleNamespace(model=SimpleNamespace(config=config), processor=None)
+    table = cohort.participants.assign(age=cohort.participants["age"].round())
+    found = language_checks.wording_scores(loaded, prompts, table)["age"]
+    assert set(found["held_out"]) == set(held_out)
+    assert found["trained_mean"] == 0
+    assert found["held_out_mean"] == 2
+    swapped = language_checks.swapped_scores(loaded, prompts, table)["age"]
+    assert swapped["own"] == 0
+    assert swapped["swapped"] == pytest.approx(np.abs(truth - np.roll(truth, 1)).mean())
+    assert swapped["changed"] == (truth != np.roll(truth, 1)).mean()
+
+
+def test_scans_of_the_people_asked_for_are_near_them_and_noise_is_not(
+    two_stream_run, cohort, monkeypatch
+):
+    loaded = load_language_model(two_stream_run / "lm2")
+    people = cohort.subject_ids
+    monkeypatch.setattr(language_checks, "_FEWEST", 2)
+    told = descriptions_of(cohort, people)
+    matrices, mask = cohort_matrices(cohort, people)[1:]
+    codes = loaded.model.connectome.encode(matrices, region_mask=mask).codes
+
+    def of_people(prompts, stream, **options):
+        text = loaded.processor.tokenizer.decode(prompts[0])
+        mine = [row for row, sentences in enumerate(told) if text in sentences]
+        return codes[torch.tensor(mine)]
+
+    monkeypatch.setattr(loaded.model, "generate_codes", of_people)
+    right = language_checks.written_scans(loaded, cohort, people)
+    assert right
+    for row in right:
+        assert row["correlation"] > 0.5
+        assert row["sentences"][0] != row["sentences"][1]
+    monkeypatch.setattr(loaded.model, "generate_codes", lambda *_, **__: codes)
+    same = language_checks.written_scans(loaded, cohort, people)
+    assert not any(row["correlation"] > 0 for row in same)
+
+
+def test_the_command_writes_all_three(two_stream_run, tmp_path, capsys):
+    split = two_stream_run / "split.json"
+    argv = [two_stream_run / "lm2", two_stream_run / "cohort", "--split", split, "--count", "2",
+            "--json", tmp_path / "checks.json"]  # fmt: skip
+    assert language_checks.main([str(word) for word in argv]) == 0
+    found = json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))
+    people = load_split(split)[0]["test"]
+    assert found["people"] == len(people)
+    assert set(found["wordings"]) == set(found["swapped"]) == {"age", "sex"}
+    assert "| age | mae |" in capsys.readouterr().out
+    assert all(len(row["halves"]) == 2 for row in found["written"])
+
+
+def test_a_model_without_connectivity_writes_none(two_stream_run, cohort):
+    loaded = load_language_model(two_stream_run / "lm2")
+    loaded.model.connectome = None
+    with pytest.raises(TrainingError, match="connectivity stream"):
+        language_checks.written_scans(loaded, cohort, cohort.subject_ids)
