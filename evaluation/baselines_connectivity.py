@@ -43,10 +43,11 @@ FEATURES = {
 WINDOW, PATCH, COMPONENTS, CENTRES, PATCHES, ROUNDS = 80, 20, 32, 1024, 150_000, 5
 
 
-def system_name(numeric: bool, features: str, harmonised: bool) -> str:
+def system_name(numeric: bool, features: str, harmonised: bool, further: bool = False) -> str:
     """Name of the row, `kernel ridge on ...` for numbers and `SVM on ...` for classes."""
     reader = "kernel ridge" if numeric else "SVM"
-    return f"{reader} on {FEATURES[features]}{', sites harmonised' if harmonised else ''}"
+    more = ", further scans" if further else ""
+    return f"{reader} on {FEATURES[features]}{', sites harmonised' if harmonised else ''}{more}"
 
 
 def run_connectivity(
@@ -58,6 +59,7 @@ def run_connectivity(
     harmonised: Sequence[bool] = (False,),
     fold: int = 0,
     seed: int = 0,
+    further: Sequence[str] = (),
 ) -> list[Path]:
     """Fit kernel ridge (numbers) and SVM (classes) on one kind of features of one fold.
 
@@ -70,6 +72,8 @@ def run_connectivity(
     harmonised : sequence of bool
         A system for each: True takes the sites' own mean and variance off first
         (`SiteHarmonisation`, with the targets of the training subjects as covariates).
+    further : sequence of str
+        Subjects of no part, such as those whom quality control kept out, to fit on as well.
 
     Returns
     -------
@@ -85,6 +89,7 @@ def run_connectivity(
         raise EvaluationError(
             f"expected features of {', '.join(FEATURES)}, found {features!r}. Choose one of them."
         )
+    split_fold = {**split_fold, "train": [*split_fold["train"], *further]}
     fitted, tested, _ = fold_subjects(split_fold)
     rows = list(rows_of_targets(cohort, split_fold, targets))
     raw = {
@@ -106,7 +111,7 @@ def run_connectivity(
         kernels = gram(train, train), gram(test, train)
         for mine in rows:
             y_hat, score = _read(mine, kernels, seed)
-            name = system_name(mine.numeric, features, removed)
+            name = system_name(mine.numeric, features, removed, bool(further))
             paths.append(write_baseline(out_folder, mine, name, fold, y_hat, score))
     return paths
 

@@ -92,12 +92,18 @@ def run_baseline(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     if definition["features"] == STANDARD:
         run_baselines(*where, fold=cell["fold"], seed=cell["seed"], permutations=PERMUTATIONS)
         return {}
+    further = []
+    if definition.get("more_scans"):
+        from .connectome_sources import further_scans
+
+        further = further_scans(cohort, fold, [*fold["train"], *fold.get("validation", ())])
     run_connectivity(
         *where,
         features=definition["features"],
         harmonised=HARMONISED[definition.get("harmonised", False)],
         fold=cell["fold"],
         seed=cell["seed"],
+        further=further,
     )
     tokens = TOKENS.get(definition["features"])
     return {} if tokens is None else {"tokens_per_scan": tokens}

@@ -19,7 +19,7 @@ COHORT_CONTROLS = ("permuted labels", "another scan", "noise scan")
 SUITE_KEYS = ("title", "cohort", "targets", "seeds", "splits", "systems", "num_resamples")
 SPLIT_KEYS = ("scheme", "num_folds", "seed", "file", "part", "folds", "control_folds")
 SYSTEM_KEYS = {
-    "baseline": ("name", "kind", "features", "harmonised", "seen"),
+    "baseline": ("name", "kind", "features", "harmonised", "more_scans", "seen"),
     "command": ("name", "kind", "shared", "steps", "controls", "ranked", "reason", "seen", "what"),
     "file": ("name", "kind", "files", "ranked", "reason", "seen", "what"),
 }
@@ -221,6 +221,8 @@ def _check_baseline(entry: dict[str, Any], where: str) -> None:
         )
     if entry.get("harmonised", False) not in HARMONISED:
         raise TrainingError(f"{where}: harmonised must be true, false or both.")
+    if not isinstance(entry.get("more_scans", False), bool):
+        raise TrainingError(f"{where}: more_scans must be true or false.")
     if entry["features"] == STANDARD and entry["name"] != STANDARD:
         raise TrainingError(f"{where}: the standard rows are in every suite; leave them out here.")
 

@@ -88,6 +88,21 @@ def test_test_subjects_do_not_change_what_is_fitted(scans, fold, tmp_path):
     )
 
 
+def test_further_scans_are_fitted_on_and_named(scans, fold, tmp_path):
+    further, rest = fold["train"][:10], fold["train"][10:]
+    whole = read_predictions(run_connectivity(scans, fold, ["age"], tmp_path / "a"))
+    fewer = {**fold, "train": rest}
+    found = read_predictions(
+        run_connectivity(scans, fewer, ["age"], tmp_path / "b", further=further)
+    )
+    assert set(found["system"]) == {"kernel ridge on connectivity, further scans"}
+    alone = read_predictions(run_connectivity(scans, fewer, ["age"], tmp_path / "c"))
+    answers = [table.set_index("subject_id")["y_hat"].astype(float) for table in (whole, found)]
+    # The same people in another order: inner folds are drawn by place, so nearly the same answers.
+    assert (answers[0] - answers[1]).abs().median() < 0.5
+    assert not found["y_hat"].equals(alone["y_hat"])
+
+
 def test_unknown_features_and_three_classes_are_refused(scans, fold, tmp_path):
     with pytest.raises(EvaluationError, match="expected features of correlation"):
         run_connectivity(scans, fold, ["age"], tmp_path, "wavelets")

@@ -354,6 +354,7 @@ GOOD = {"name": "a", "kind": "command", "steps": [["python", "{out}"]]}
         ({"controls": [{"blank image": ["--blank"]}]}, "no step holds the argument"),
         ({"name": "standard"}, "two systems are named 'standard'"),
         ({"kind": "baseline", "steps": None, "features": "x"}, "unknown: steps"),
+        ({"more_scans": True}, "unknown: more_scans"),
     ],
 )
 def test_a_wrong_suite_is_refused(tmp_path, change, message):
