@@ -34,7 +34,8 @@ from .callbacks import (
 from .collators import draw_scans, load_fold, prepare_scans
 from .connectome_sources import further_scans
 from .faults import StepGuard, written_whole
-from .lm_readouts import choose_readouts, class_weights, head_loss, start_heads, validate
+from .lm_loss import StepLoss
+from .lm_readouts import choose_readouts, class_weights, start_heads, validate
 from .lm_stages import SideLosses, descriptions_of
 from .lm_start import (
     EncodedWindows,
@@ -47,7 +48,7 @@ from .lm_start import (
     with_fresh_blocks,
     with_lora,
 )
-from .prompts import Answer, RowBuilder, answer_loss, checked_targets
+from .prompts import Answer, RowBuilder, checked_targets
 from .scan_patterns import summary_columns
 from .stages import wordings_of
 from .teacher import AnswerTeacher
@@ -297,10 +298,11 @@ def train(arguments: LMArguments, run: Run) -> int:
         else f"eval_error_{targets[0]['name']}"
     )
     best = best_so_far(log.path, primary) if resumed.step else float("inf")
-    model, optimizer = accelerator.prepare(model, optimizer)
-    raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(model)
+    step_loss = StepLoss(model, side, arguments.answer_weight, arguments.head_weight)
+    step_loss, optimizer = accelerator.prepare(step_loss, optimizer)
+    raw_model: AVQLMForConditionalGeneration = accelerator.unwrap_model(step_loss).model
     before = side.perplexity(raw_model) if "text" in side.weights else 0.0
-    model.train()
+    step_loss.train()
     placeholder = processor.tokenizer.fmri_token_id
     weights = class_weights(
         people.loc[scans.subject_ids],
@@ -361,29 +363,9 @@ def train(arguments: LMArguments, run: Run) -> int:
         guard = StepGuard(accelerator, step, scans.subject_ids, warned=run.warned)
         while not guard.accepted:
             batch = batch_at(step, guard.attempt, guard.excluded)
-            kept, column = batch["places"][:, 1].unique(return_inverse=True)
-            out = model(
-                input_ids=batch["input_ids"].to(accelerator.device),
-                position_ids=batch["position_ids"].to(accelerator.device),
-                attention_mask=batch["attention_mask"].to(accelerator.device),
-                logits_to_keep=kept.to(accelerator.device),
-                use_cache=False,
-                output_hidden_states=raw_model.heads is not None,
-                **{name: part.to(accelerator.device) for name, part in batch["latents"].items()},
-            )
-            guard.watch(out.logits, batch["scan"])
-            loss = answer_loss(out.logits[batch["places"][:, 0], column], batch["labels"])
-            loss = arguments.answer_weight * loss
-            if raw_model.heads is not None:
-                where = batch["places"][batch["first"]]
-                states = out.hidden_states[-1][where[:, 0], where[:, 1]]
-                loss = loss + arguments.head_weight * head_loss(
-                    raw_model.heads, states, batch["asked"]
-                )
-            if side.weights:
-                loss = loss + side.loss(
-                    model, batch["scan"], [arguments.seed, step, guard.attempt, 1]
-                )
+            drawn = [arguments.seed, step, guard.attempt, 1 + accelerator.process_index]
+            loss, logits = step_loss(batch, drawn)
+            guard.watch(logits, batch["scan"])
             accelerator.backward(loss)
             gradient = accelerator.clip_grad_norm_(trained, 1.0)
             guard.judge(loss, gradient, optimizer)

@@ -1,11 +1,14 @@
 """`train lm` with the connectivity stream: rows, prompts, predictions, and connectivity alone."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cortexicon.cohorts import Split, load_cohort, load_split
@@ -18,6 +21,7 @@ from cortexicon.training import TrainingError, lm
 from cortexicon.training.lm_readouts import class_weights
 
 from .conftest import lm_values, write_yaml
+from .test_resume import assert_same_log, train_in_two_parts
 
 
 @pytest.fixture(scope="module")
@@ -192,3 +196,58 @@ def test_adapters_are_merged_and_fresh_blocks_keep_the_embeddings(two_stream_run
     # An adapter leaves the rows of text as they were; so does a fresh start, before its steps.
     assert torch.equal(found["lora"].get_input_embeddings().weight[: len(rows)], rows)
     assert (found["fresh"].get_input_embeddings().weight[: len(rows)] - rows).abs().max() < 0.1
+
+
+def patterns_values(two_stream_run, output) -> dict:
+    """Connectivity alone with all that is fitted before the first step."""
+    return {
+        **lm_values(two_stream_run),
+        "output": str(output),
+        "connectome": str(two_stream_run / "connectome"),
+        "windows_per_prompt": 0,
+        "summary_patterns": True,
+        "teacher": True,
+        "answer_heads": True,
+        "keep": "last",
+    }
+
+
+def test_a_run_with_patterns_and_teacher_resumes_bit_equal(two_stream_run, tmp_path, monkeypatch):
+    config = write_yaml(tmp_path / "lm.yaml", patterns_values(two_stream_run, tmp_path / "whole"))
+    assert lm.main([config]) == 0
+    assert train_in_two_parts(monkeypatch, lm, config, tmp_path / "parts", 7) == 4
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert any(name.startswith("summary") for name in whole)
+    assert not [name for name in whole if not torch.equal(whole[name], parts[name])]
+    assert_same_log(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_batch(two_stream_run, tmp_path):
+    values = patterns_values(two_stream_run, tmp_path / "one") | {"token_dropout": 0.0}
+    assert lm.main([write_yaml(tmp_path / "one.yaml", values)]) == 0
+    values |= {"output": str(tmp_path / "two"), "batch_size": values["batch_size"] // 2}
+    config = write_yaml(tmp_path / "two.yaml", values)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "cortexicon.cli", "train", "lm", config]
+    done = subprocess.run(
+        [sys.executable, *launch, *train], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    values |= {"output": str(tmp_path / "half")}
+    assert lm.main([write_yaml(tmp_path / "half.yaml", values)]) == 0
+    # A process averages over its own answers, of one or two tokens each, and Adam takes small
+    # gradients for large: nearly the same way, and nearer than half of the people lead.
+    before = AutoModelForCausalLM.from_pretrained(two_stream_run / "text").state_dict()
+    block = "transformer.h.0.mlp.c_fc.weight"
+    ways = {}
+    for name in ("one", "two", "half"):
+        found = load_file(tmp_path / name / "model.safetensors")
+        moved = found[f"language_model.{block}"] - before[block], found["heads.out.weight"]
+        ways[name] = [part.flatten() for part in moved]
+    for one, two, half in zip(*ways.values(), strict=True):
+        near = torch.cosine_similarity(one, two, dim=0)
+        assert near > 0.8
+        assert near > torch.cosine_similarity(one, half, dim=0)
+    facts = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert facts["processes"] == 2
