@@ -17,6 +17,7 @@ from cortexicon.evaluation import (
     tokenizer_baseline,
     write_json,
 )
+from cortexicon.evaluation.rendering_interpretation import INTERPRETATION
 from cortexicon.inference import (
     Checkpoint,
     ScanReconstruction,
@@ -80,6 +81,10 @@ def evaluate_checkpoint(
         if baselines:
             files += run_baselines(cohort, fold_parts, targets, predictions_folder, fold)
         scores["clinical"] = score_clinical(files)
+        if checkpoint.model.config.fmri_input == "codes":
+            from cortexicon._interpretation import interpret
+
+            interpret(checkpoint, cohort, fold_parts["test"], json_path.parent / INTERPRETATION)
     write_json(json_path, scores)
     _print_scores(scores)
     return scores

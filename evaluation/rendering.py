@@ -184,7 +184,12 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
     """
     from matplotlib import rc_context
 
-    from . import rendering_clinical, rendering_codec, rendering_connectome
+    from . import (
+        rendering_clinical,
+        rendering_codec,
+        rendering_connectome,
+        rendering_interpretation,
+    )
 
     run = Path(run_folder)
     logs = {stage: read_log(run / stage / "training_log.jsonl") for stage in STAGES}
@@ -228,6 +233,10 @@ def render_figures(run_folder: str | Path) -> list[Picture]:
                 draw(name, title, caption, "no predictions in this run", lambda: None)
             else:
                 draw(name, title, caption, "", drawing)
+        moved = run / "evaluation" / rendering_interpretation.INTERPRETATION
+        if moved.is_file():  # a model of features has no codes to hide
+            for figure in rendering_interpretation.interpretation_figures(moved):
+                draw(*figure[:3], "", figure[3])
         no_avq = "" if logs["avq"] else "avq/training_log.jsonl is not there"
         draw(
             "training_codec",

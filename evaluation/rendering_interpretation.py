@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +15,53 @@ from .rendering import BLUE, FAINT, INK, VERMILION, finish, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: File beside the scores of `cortexicon evaluate`.
+INTERPRETATION = "interpretation.npz"
 # Name, then which of x, y, z goes right and which goes up.
 _VIEWS = (("from above", 0, 1), ("from the side", 1, 2), ("from behind", 0, 2))
+
+
+def write_interpretation(path: Path, **arrays: np.ndarray) -> None:
+    """Write what `interpretation_figures` draws: means over people, nobody's scan.
+
+    Parameters
+    ----------
+    path : Path
+    **arrays
+        `targets` (str), `people` (their number), `regions` (targets, regions), `coordinates`
+        (regions, 3) in mm, `networks` of regions; `codes`, their `shares` (codes, networks) and the
+        networks' `names`, empty where no dynamics are read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+
+def interpretation_figures(path: Path) -> list[tuple[str, str, str, Callable[[], Figure]]]:
+    """Name, title, caption and drawing of what `path`, by `write_interpretation`, holds."""
+    with np.load(path, allow_pickle=False) as file:
+        held = {name: file[name] for name in file.files}
+    figures: list[tuple[str, str, str, Callable[[], Figure]]] = []
+    for target, regions in zip(held["targets"].tolist(), held["regions"], strict=True):
+        name = "".join(c if c.isascii() and c.isalnum() else "_" for c in target)
+        drawing = partial(
+            draw_attribution, regions, held["coordinates"], held["networks"].tolist(), target
+        )
+        caption = (
+            f"Each code of {int(held['people'])} held-out people was hidden in turn; how far the "
+            "answer then moved is laid out on the regions in which the code is seen. It says what "
+            "this model listens to, not where the brain differs."
+        )
+        figures.append((f"moves_{name}", f"What moves the answer: {target}", caption, drawing))
+    if len(held["codes"]):
+        caption = (
+            "The commonest codes of held-out people, one a column: the share of each network in "
+            "how the decoded signal changes when the code takes an average one's place."
+        )
+        drawing = partial(
+            draw_code_networks, held["shares"], held["names"].tolist(), held["codes"].tolist()
+        )
+        figures.append(("code_networks", "What codes stand for", caption, drawing))
+    return figures
 
 
 def draw_attribution(
@@ -44,7 +91,8 @@ def draw_attribution(
         )
     if not (np.isfinite(regions) & (regions >= 0)).all():
         raise EvaluationError("expected attributions of at least 0, found others.")
-    share = regions / max(regions.max(), 1e-30)
+    # From the least to the most: every region has some share, and often much the same.
+    share = (regions - regions.min()) / max(np.ptp(regions), 1e-30)
     figure, grid = new_figure(3.6, 1, 4, width_ratios=[1, 1.15, 1, 1.2])
     axes = grid[0]
     for place, (name, right, up) in zip(axes, _VIEWS, strict=False):
@@ -96,5 +144,6 @@ def draw_code_networks(shares: np.ndarray, names: Sequence[str], codes: Sequence
     picture = axes.imshow(shares[order].T, aspect="auto", cmap="magma_r", vmin=0)
     axes.set_yticks(range(len(names)), names)
     finish(axes, "What codes stand for", f"{len(codes)} codes", "", legend=False)
+    axes.grid(visible=False)
     figure.colorbar(picture, ax=axes, label="share of the code's change")
     return figure

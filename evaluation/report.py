@@ -17,7 +17,7 @@ from .results import collect_results, read_json
 
 # Names of the pictures of two sections; the others belong to the codec.
 TRAINING = ("training_codec", "domain", "training_language")
-CLINICAL = ("systems", "predictions")
+CLINICAL = ("systems", "predictions", "moves", "code_networks")
 LIMITS = (
     "This is research software. No number here supports a decision about a single person.",
     "The interval of a score covers the choice of test subjects, not that of training subjects, "

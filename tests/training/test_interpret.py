@@ -3,10 +3,17 @@
 import numpy as np
 import pytest
 
-from cortexicon.cohorts import load_cohort, load_split
+from cortexicon._interpretation import interpret
+from cortexicon.cohorts import build_cohort, load_cohort, load_split
 from cortexicon.evaluation import EvaluationError
-from cortexicon.evaluation.rendering_interpretation import draw_attribution, draw_code_networks
-from cortexicon.inference import InferenceError
+from cortexicon.evaluation.rendering import render_figures
+from cortexicon.evaluation.rendering_interpretation import (
+    INTERPRETATION,
+    draw_attribution,
+    draw_code_networks,
+)
+from cortexicon.evaluation.report import write_report
+from cortexicon.inference import InferenceError, load_checkpoint
 from cortexicon.inference.ask import scan_prompts
 from cortexicon.inference.interpret import (
     attribute,
@@ -91,6 +98,38 @@ def test_codes_stand_for_networks_and_the_pictures_show_it(loaded, two_stream_ru
         draw_attribution(-values, places, networks, "age")
     with pytest.raises(EvaluationError, match="shares of 6 codes"):
         draw_code_networks(shares[:2], names, range(6))
+
+
+def test_the_report_shows_what_moves_answers(two_stream_run, tmp_path):
+    cohort = load_cohort(two_stream_run / "cohort")
+    people = load_split(two_stream_run / "split.json", cohort)[0]["test"][:2]
+    path = tmp_path / "evaluation" / INTERPRETATION
+    checkpoint = load_checkpoint(two_stream_run / "lm2")
+    interpret(checkpoint, cohort, people, path)
+    with np.load(path) as held:
+        assert held["targets"].tolist() == ["age", "sex"]
+        assert held["people"] == 2
+        moved = np.zeros(28)
+        model, processor = checkpoint.model, checkpoint.processor
+        for subject in people:
+            prompts = scan_prompts(model, processor.feature_extractor, cohort.series(subject))
+            codes, more = prompts.codes[0, 0], prompts.connectivity[0]
+            moved += attribute(model, processor, codes, model.config.targets[0], more).regions
+        np.testing.assert_allclose(held["regions"][0], moved / 2, rtol=1e-4)
+        np.testing.assert_allclose(held["shares"].sum(1), 1)
+    names = [picture.name for picture in render_figures(tmp_path) if picture.path]
+    assert names == ["moves_age", "moves_sex", "code_networks"]
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.index("What moves the answer: sex") > page.index("2 held-out people")
+    # Regions that the checkpoint does not have cannot be laid out: nothing is written.
+    fewer = build_cohort(
+        np.concatenate([cohort.series(s).values[:, :20] for s in cohort.subject_ids]),
+        cohort.participants.reset_index(),
+        cohort.regions.iloc[:20],
+        cohort.atlas,
+    )
+    interpret(checkpoint, fewer, people, tmp_path / "none.npz")
+    assert not (tmp_path / "none.npz").exists()
 
 
 def test_features_hold_no_code_to_hide(loaded, prompt):
