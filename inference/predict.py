@@ -79,7 +79,7 @@ def encode_prompts(
     """
     found: list[str] = []
     blocks: list[np.ndarray] = []
-    matrices: list[np.ndarray] = []
+    matrices: list[tuple[np.ndarray, np.ndarray]] = []
     skipped: dict[str, str] = {}
     prompts = prompts if windows else 1
     for subject in tqdm(subject_ids, desc="encode", mininterval=2.0, disable=quiet):
@@ -87,7 +87,7 @@ def encode_prompts(
             scan = cohort.series(subject)
             codes = scan_windows(model, extractor, scan, prompts, windows, batch_size)
             if model.connectome is not None:
-                matrices.append(connectivity_codes(model, extractor, scan))
+                matrices.append(scan_matrix(extractor, scan))
         except (CohortError, InferenceError, TokenizationError) as error:
             skipped[subject] = str(error)
             continue
@@ -96,8 +96,11 @@ def encode_prompts(
     codes = np.stack(blocks) if blocks else np.zeros((0, prompts, windows, 0), dtype=np.int64)
     if model.connectome is None:
         return PromptCodes(found, codes, skipped)
-    empty = np.zeros((0, model.connectome.config.num_tokens), dtype=np.int64)
-    return PromptCodes(found, codes, skipped, np.stack(matrices) if found else empty)
+    if not found:
+        empty = np.zeros((0, model.connectome.config.num_tokens), dtype=np.int64)
+        return PromptCodes(found, codes, skipped, empty)
+    more = encoded_matrices(model, extractor, matrices, batch_size)
+    return PromptCodes(found, codes, skipped, more)
 
 
 def scan_windows(
@@ -170,22 +173,52 @@ def connectivity_codes(
     TokenizationError
         Other regions than the extractor's, or too many without a signal.
     """
-    matrix, mask = extractor.connectivity(
+    return encoded_matrices(model, extractor, [scan_matrix(extractor, scan)])[0]
+
+
+def scan_matrix(
+    extractor: AVQFeatureExtractor, scan: ParcelSeries
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fisher-z matrix (regions, regions) of a whole scan, and which regions have a signal.
+
+    Raises
+    ------
+    TokenizationError
+        As `connectivity_codes`.
+    """
+    found: tuple[np.ndarray, np.ndarray] = extractor.connectivity(
         scan.values,
         region_labels=scan.labels,
         atlas=scan.atlas,
         where=f"{scan.subject_id}: ",
     )
-    places = torch.tensor(np.asarray(extractor.region_coordinates, dtype=np.float32))
-    arguments = (
-        torch.from_numpy(matrix)[None].to(model.device),
-        places[None].to(model.device),
-        torch.from_numpy(mask)[None].to(model.device),
-    )
-    if model.config.fmri_input == "features":
-        return model.get_fmri_latents(*arguments, stream="fc")[0].cpu().numpy()
-    ids = model.get_fmri_tokens(*arguments, stream="fc")
-    return (ids - model.block("fc")[0])[0].cpu().numpy()
+    return found
+
+
+@torch.inference_mode()
+def encoded_matrices(
+    model: AVQLMForConditionalGeneration,
+    extractor: AVQFeatureExtractor,
+    matrices: Sequence[tuple[np.ndarray, np.ndarray]],
+    batch_size: int = 32,
+) -> np.ndarray:
+    """Connectivity codes int64 (scans, tokens) of what `scan_matrix` made.
+
+    Of a model that reads features: what they were before quantisation, float32 (scans, tokens,
+    code_dim).
+    """
+    places = torch.tensor(np.asarray(extractor.region_coordinates, dtype=np.float32))[None]
+    features = model.config.fmri_input == "features"
+    read = model.get_fmri_latents if features else model.get_fmri_tokens
+    parts = []
+    for first in range(0, len(matrices), batch_size):
+        values, masks = (
+            np.stack(part) for part in zip(*matrices[first : first + batch_size], strict=True)
+        )
+        arguments = (torch.from_numpy(values), places, torch.from_numpy(masks))
+        parts.append(read(*(part.to(model.device) for part in arguments), stream="fc").cpu())
+    found = torch.cat(parts).numpy()
+    return found if features else found - model.block("fc")[0]
 
 
 class LanguageCheckpoint(NamedTuple):

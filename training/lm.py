@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cortexicon.inference import load_connectome
 from cortexicon.inference.answers import scan_arguments
-from cortexicon.inference.predict import connectivity_codes, encode_prompts
+from cortexicon.inference.predict import encode_prompts, encoded_matrices, scan_matrix
 from cortexicon.modeling import AVQLMForConditionalGeneration, AVQModel
 from cortexicon.tokenization import AVQProcessor, AVQTokenizer
 
@@ -211,10 +211,11 @@ def train(arguments: LMArguments, run: Run) -> int:
         windows = encode_windows(model, scans, arguments.window_stride, quiet=not main_process)
     matrices = None
     if model.connectome is not None:
-        matrices = [
-            connectivity_codes(model, extractor, cohort.series(subject))
-            for subject in tqdm(scans.subject_ids, "encode connectivity", disable=not main_process)
+        whole = [
+            scan_matrix(extractor, cohort.series(subject))
+            for subject in tqdm(scans.subject_ids, "connectivity", disable=not main_process)
         ]
+        matrices = list(encoded_matrices(model, extractor, whole))
     validation = encode_prompts(
         model,
         extractor,

@@ -17,7 +17,12 @@ from cortexicon.modeling import AVQLMForConditionalGeneration
 
 from .arguments import TrainingError
 from .leaks import refuse_leaks
-from .scan_patterns import PatternFit, fit_patterns, summary_columns
+from .scan_patterns import (
+    PatternFit,
+    connections_of_values,
+    fit_patterns,
+    summary_columns,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,7 +110,8 @@ def start_summary(
             f"people it is {', '.join(others)}. Leave rare classes out, or split anew."
         )
     scans = list(matrices), [*matrices, *validation.connectivity]
-    found = [fit_patterns(model, *given) for given in zip(scans, columns, strict=True)]
+    read = connections_of_values(model)
+    found = [fit_patterns(model, *given, read) for given in zip(scans, columns, strict=True)]
     rows = model.get_input_embeddings().weight.detach()[: model.config.bof_token_id]
     model.summary.start(float(rows.square().mean().sqrt()), seed)
     model.summary.take(*found[0][:3])

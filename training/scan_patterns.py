@@ -72,10 +72,24 @@ def _correlation(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> 
 
 
 @torch.no_grad()
+def connections_of_values(model: AVQLMForConditionalGeneration) -> np.ndarray:
+    """Connections that a unit of each token's value brings, float64 (tokens x values, pairs)."""
+    codec = model.connectome
+    slots = codec.config.num_tokens, codec.config.code_dim - 1
+    units = torch.eye(slots[0] * slots[1], device=codec.device).unflatten(1, slots)
+    rows = torch.cat([codec.deviations(part).flatten(1).cpu() for part in units.split(_ROWS)])
+    regions = round(rows.shape[1] ** 0.5)
+    upper = np.triu_indices(regions, 1)
+    read: np.ndarray = rows.numpy()[:, upper[0] * regions + upper[1]].astype(np.float64)
+    return read
+
+
+@torch.no_grad()
 def fit_patterns(
     model: AVQLMForConditionalGeneration,
     scans: Sequence[np.ndarray],
     columns: Sequence[tuple[str, np.ndarray]],
+    read: np.ndarray,
 ) -> PatternFit:
     """Fit a pattern to each column, with the penalty whose leave-one-out scores go with it best.
 
@@ -87,6 +101,8 @@ def fit_patterns(
         Codes of the people's connectivity, or what they were before quantisation.
     columns : list of (name, float64 (scans,))
         As from `summary_columns`; two classes, 0 and 1, count the same in all. NaN: not fitted to.
+    read : float64, (tokens x values, pairs)
+        Of `connections_of_values`.
     """
     codec = model.connectome
     vectors = torch.from_numpy(np.stack(scans)).to(codec.device)
@@ -95,13 +111,7 @@ def fit_patterns(
     values = model.summary.values(vectors)
     mean = values.mean(0)
     away = (values - mean).flatten(1).double().cpu().numpy()
-    # Connections that a unit of each value brings, each in SD of these people.
-    units = torch.eye(away.shape[1], device=values.device).unflatten(1, tuple(mean.shape))
-    rows = torch.cat([codec.deviations(part).flatten(1).cpu() for part in units.split(_ROWS)])
-    regions = round(rows.shape[1] ** 0.5)
-    upper = np.triu_indices(regions, 1)
-    read = rows.numpy()[:, upper[0] * regions + upper[1]].astype(np.float64)
-    connections = away @ read
+    connections = away @ read  # each in SD of these people
     spread = connections.std(0)
     scale = np.divide(1.0, spread, out=np.zeros_like(spread), where=spread > 1e-8)
     connections *= scale

@@ -12,7 +12,12 @@ from cortexicon.inference.answers import answers_of, median
 from cortexicon.modeling.scan_summary_avq import ScanSummary
 from cortexicon.training.answers import AnswerBook
 from cortexicon.training.patterns import leave_one_out
-from cortexicon.training.scan_patterns import PENALTIES, fit_patterns, summary_columns
+from cortexicon.training.scan_patterns import (
+    PENALTIES,
+    connections_of_values,
+    fit_patterns,
+    summary_columns,
+)
 from cortexicon.training.teacher import AnswerTeacher
 
 AGE = {"name": "age", "kind": "number", "minimum": 10, "maximum": 80}
@@ -59,7 +64,9 @@ def drawn_codes(model, count, seed=0):
 def test_patterns_are_a_kernel_ridge_on_decoded_matrices(model, people):
     codes = drawn_codes(model, 40)
     people.loc[3, "age"] = np.nan  # scored, not fitted to
-    fit = fit_patterns(model, codes, summary_columns(people, [AGE, SEX]))
+    fit = fit_patterns(
+        model, codes, summary_columns(people, [AGE, SEX]), connections_of_values(model)
+    )
     model.summary.take(*fit[:3])
     vectors = model.connectome.quantizer.codebook[torch.from_numpy(np.stack(codes))]
     scores = model.summary.scores(vectors)
@@ -87,7 +94,7 @@ def test_patterns_are_a_kernel_ridge_on_decoded_matrices(model, people):
 def test_scores_of_people_know_no_more_than_the_patterns_of_others(model, people):
     # Codes say nothing of these people, so that what a fit finds it has learned by heart.
     codes = drawn_codes(model, 40)
-    fit = fit_patterns(model, codes, summary_columns(people, [AGE]))
+    fit = fit_patterns(model, codes, summary_columns(people, [AGE]), connections_of_values(model))
     model.summary.take(fit.mean, fit.patterns.expand(2, -1, -1), fit.offset.expand(2))
     vectors = model.connectome.quantizer.codebook[torch.from_numpy(np.stack(codes))]
     by_heart = model.summary.scores(vectors)[:, 0].numpy()
