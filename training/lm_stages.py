@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from cortexicon.modeling import AVQLMForConditionalGeneration
 
 from .arguments import TrainingError
 from .corpus import local_corpus
 from .stages import (
+    IGNORED,
     best_unigram_perplexity,
     code_loss,
     code_perplexity,
@@ -81,8 +83,17 @@ class SideLosses:
             labels = rows.pop("labels")
             device = next(model.parameters()).device
             rows |= without_summary(model)
-            logits = model(**{k: v.to(device) for k, v in rows.items()}, use_cache=False).logits
-            total = total.to(device) + weight * code_loss(logits, labels.to(device))
+            # Only where something is to be predicted: over text and two blocks of codes, logits
+            # are what costs.
+            kept = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+            logits = model(
+                **{key: value.to(device) for key, value in rows.items()},
+                logits_to_keep=kept.to(device),
+                use_cache=False,
+            ).logits
+            wanted = labels[:, kept + 1].flatten().to(device)
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), wanted, ignore_index=IGNORED)
+            total = total.to(device) + weight * loss
         return total
 
     def _rows(self, name: str, scans, rng: np.random.Generator) -> dict[str, Any]:

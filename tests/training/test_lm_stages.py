@@ -1,6 +1,7 @@
 """`train lm` in stages: code modelling and descriptions first, then questions, text beside them."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ import torch
 from cortexicon.modeling import AVQLMForConditionalGeneration
 from cortexicon.tokenization import AVQProcessor
 from cortexicon.training import TrainingError, lm
-from cortexicon.training.lm_stages import text_perplexity
+from cortexicon.training.lm_stages import SideLosses, text_perplexity
+from cortexicon.training.stages import code_loss, without_summary
 
 from .conftest import lm_values, write_yaml
 
@@ -93,3 +95,25 @@ def test_text_perplexity_is_that_of_whole_sequences(first_stage):
     taken = logits.gather(-1, rows[:, 1:, None])
     wanted = float((-taken.mean()).exp())
     assert text_perplexity(model, ids, 20) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_side_losses_are_those_of_whole_rows(first_stage):
+    folder, model, _ = first_stage
+    processor = AVQProcessor.from_pretrained(folder / "one")
+    rng = np.random.default_rng(0)
+    codes = [rng.integers(0, 32, (1, 8)) for _ in range(3)]
+    more = [rng.integers(0, 16, 4) for _ in range(3)]
+    values = {f"{name}_weight": weight for name, weight in (("code", 1.0), ("masked", 0.5))}
+    values |= {"description_weight": 2.0, "text_weight": 0.0, "fmri_input": "codes", "seed": 0}
+    arguments = SimpleNamespace(**values, batch_size=3, text_length=16)
+    told = [["The visual network rests.", "It does."]] * 3
+    side = SideLosses(arguments, processor, lambda scan, rng: codes[scan], more, told)
+    with torch.no_grad():
+        found = side.loss(model.eval(), np.arange(3), [5])
+        rng, wanted = np.random.default_rng([5]), 0.0
+        for name, weight in side.weights.items():
+            rows = side._rows(name, np.arange(3), rng)
+            labels = rows.pop("labels")
+            logits = model(**rows, **without_summary(model)).logits
+            wanted += weight * code_loss(logits, labels)
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5)
