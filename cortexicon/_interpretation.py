@@ -33,8 +33,9 @@ def interpret(
     """
     model, processor = checkpoint.model, checkpoint.processor
     config, regions = model.config, cohort.regions
-    places = model.avq.config.region_coordinates
-    if places is None or len(places) != len(regions) or not config.targets:
+    own = model.avq.config
+    same = list(map(str, own.region_labels or ())) == list(map(str, cohort.labels))
+    if own.region_coordinates is None or not same or not config.targets:
         return
     subjects = list(subject_ids)[:: max(1, len(subject_ids) // MAX_PEOPLE)][:MAX_PEOPLE]
     prompts = encode_prompts(
@@ -66,7 +67,7 @@ def interpret(
         targets=np.array([str(target["name"]) for target in config.targets]),
         people=np.array(len(prompts.subject_ids)),
         regions=moved / len(prompts.subject_ids),
-        coordinates=np.asarray(places, np.float32),
+        coordinates=np.asarray(own.region_coordinates, np.float32),
         networks=np.array(networks),
         codes=codes,
         shares=shares,
