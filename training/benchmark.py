@@ -171,6 +171,7 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
         for view in views:
             folds = view.entry.folds or range(len(view.split))
             controlled = folds if view.entry.control_folds is None else view.entry.control_folds
+            controlled = system.control_folds.get(view.entry.name, controlled)
             for fold in folds:
                 controls = system.controls if fold in controlled else {}
                 for control, arguments in {"": [], **controls}.items():

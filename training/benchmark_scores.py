@@ -167,11 +167,13 @@ def cell_rows(
 ) -> pd.DataFrame:
     """Predictions of a cell, checked: of test subjects of its fold, and of nobody else.
 
+    Those of validation subjects, by which a system may have chosen its readout, are left out.
+
     Raises
     ------
     EvaluationError
-        No file, a subject outside the part that the file names, a true value that is not the
-        cohort's (a control's may differ, and is replaced).
+        No file, a subject outside the part that the file names, training subjects or none that
+        are scored, a true value that is not the cohort's (a control's may differ, and is replaced).
     """
     if not files:
         raise EvaluationError("the cell left no file of predictions; write to {out}.")
@@ -180,11 +182,14 @@ def cell_rows(
     fold = cell.split[cell.fold]
     for part, mine in rows.groupby("part"):
         strangers = sorted(set(mine["subject_id"]) - set(fold.get(part, ())))
-        if strangers or part not in ("test", "test_sites"):
+        if strangers or part not in ("validation", "test", "test_sites"):
             raise EvaluationError(
                 f"predictions of part {part!r}: expected test subjects of fold {cell.fold} alone, "
                 f"found {len(strangers)} others, the first {', '.join(strangers[:3]) or part}."
             )
+    rows = rows[rows["part"] != "validation"].copy()
+    if not len(rows):
+        raise EvaluationError("the cell's files hold no prediction of a test subject.")
     rows = _with_truth(rows, cohort, check=not cell.control)
     rows["seed"] = _seeds(rows, cell.seed)
     if cell.system.kind == "command":

@@ -20,7 +20,10 @@ SUITE_KEYS = ("title", "cohort", "targets", "seeds", "splits", "systems", "num_r
 SPLIT_KEYS = ("scheme", "num_folds", "seed", "file", "part", "folds", "control_folds")
 SYSTEM_KEYS = {
     "baseline": ("name", "kind", "features", "harmonised", "more_scans", "seen"),
-    "command": ("name", "kind", "shared", "steps", "controls", "ranked", "reason", "seen", "what"),
+    "command": (
+        *("name", "kind", "shared", "steps", "controls", "control_folds"),
+        *("ranked", "reason", "seen", "what"),
+    ),
     "file": ("name", "kind", "files", "ranked", "reason", "seen", "what"),
 }
 #: What `shared` steps are given; the others belong to one cell.
@@ -70,6 +73,8 @@ class System(NamedTuple):
         What of the entry decides its predictions; part of a cell's hash.
     controls : dict of str to list of str or None
         Name -> further arguments of the command; None for those that need another cohort.
+    control_folds : dict of str to list of int
+        Heading of a split -> folds of this system's controls, whatever the split says.
     ranked : bool
         False for what is never ranked; `reason` says why, in every table and figure.
     reason, seen, what : str
@@ -79,6 +84,7 @@ class System(NamedTuple):
     kind: str
     definition: dict[str, Any]
     controls: dict[str, list[str] | None]
+    control_folds: dict[str, list[int]]
     ranked: bool
     reason: str
     seen: str
@@ -199,13 +205,14 @@ def _system(entry: Any, path: Path) -> System:
     seen = entry.get("seen", "unseen" if kind == "baseline" else "unknown")
     if seen not in SEEN:
         raise TrainingError(f"{where}: seen must be one of {', '.join(SEEN)}, found {seen!r}.")
-    told = ("name", "controls", "ranked", "reason", "seen", "what")
+    told = ("name", "controls", "control_folds", "ranked", "reason", "seen", "what")
     definition = {key: value for key, value in entry.items() if key not in told}
     return System(
         str(entry["name"]),
         kind,
         definition,
         _controls(entry, where),
+        dict(entry.get("control_folds", {})),
         ranked,
         reason,
         seen,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +17,11 @@ import yaml
 
 from cortexicon import cli
 from cortexicon.cohorts import build_cohort, load_cohort, make_split, save_cohort
+from cortexicon.evaluation import EvaluationError
 from cortexicon.training.arguments import TrainingError
 from cortexicon.training.benchmark_cell import PERMUTATIONS, filled
 from cortexicon.training.benchmark_controls import control_cohort
+from cortexicon.training.benchmark_scores import cell_rows
 from cortexicon.training.benchmark_suite import read_suite
 
 # A system that reads a prompt of so many tokens: with `fixed` everybody has as many, with `leaky`
@@ -228,6 +231,35 @@ def test_predictions_from_elsewhere_are_checked_against_the_folds(benchmark, coh
     assert (benchmark.out / "results.json").read_bytes() == before
 
 
+def test_answers_about_validation_people_are_left_out_and_training_people_refused(
+    cohort_folder, tmp_path
+):
+    """`train encoder-lm` and `train vlm` write both: readouts are chosen by validation people."""
+    cohort = load_cohort(cohort_folder)
+    split = make_split(cohort, "site_stratified")
+    system = SimpleNamespace(kind="command", name="reader")
+    cell = SimpleNamespace(split=split, fold=0, control="", seed=0, system=system)
+
+    def file(name, **subjects):
+        parts = []
+        for part, people in subjects.items():
+            write_outside(tmp_path / "part.csv", cohort, people, part=part)
+            parts.append(pd.read_csv(tmp_path / "part.csv"))
+        pd.concat(parts).to_csv(tmp_path / name, index=False)
+        return [tmp_path / name]
+
+    fold = split[0]
+    both = file("both.csv", validation=fold["validation"], test=fold["test"])
+    found = cell_rows(both, cell, cohort, ["age"])
+    assert sorted(found["subject_id"]) == sorted(fold["test"])
+    alone = file("alone.csv", validation=fold["validation"])
+    with pytest.raises(EvaluationError, match="no prediction of a test subject"):
+        cell_rows(alone, cell, cohort, ["age"])
+    stranger = file("stranger.csv", validation=fold["train"][:2], test=fold["test"])
+    with pytest.raises(EvaluationError, match=r"part 'validation'.*found 2 others"):
+        cell_rows(stranger, cell, cohort, ["age"])
+
+
 def test_cells_that_have_an_outcome_are_not_run_again(benchmark, capsys):
     assert run(benchmark.suite, benchmark.out, "--list") == 0
     states = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
@@ -372,6 +404,10 @@ def test_controls_can_be_run_in_some_of_the_folds(cohort_folder, tmp_path, capsy
     assert len(lines) == 3
     (controlled,) = [line for line in lines if "noise scan" in line]
     assert "fold 1" in controlled
+    own = {**system, "control_folds": {"people": [0, 1]}}
+    write_suite(suite, cohort_folder, [own], splits={"people": entry})
+    assert run(suite, tmp_path / "out", "--list", "--only", GOOD["name"]) == 0
+    assert capsys.readouterr().out.count("noise scan") == 2
     write_suite(suite, cohort_folder, [system], splits={"people": {**entry, "folds": [0]}})
     assert run(suite, tmp_path / "out", "--list") == 2
     assert "control_folds: expected some of the folds [0], found [1]" in capsys.readouterr().err
