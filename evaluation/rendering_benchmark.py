@@ -197,16 +197,33 @@ def draw_systems(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) 
 
 
 def draw_controls(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
-    """Every control's score with its interval, those of one system together."""
+    """Every control's score with its interval, those of one system together.
+
+    Numbers: the error minus the median's on the same people, who may be those of one fold.
+    """
     names = sorted(scored["controls"], key=lambda name: (facts[name]["control_of"], name))
-    return _forest(scored, names, target, facts, f"controls of {target}")
+    if _score_key(scored) != "mae":
+        return _forest(scored, names, target, facts, f"controls of {target}")
+    key = "difference_to_floor"
+    figure = _forest(scored, names, target, facts, f"controls of {target}", key, floor=0.0)
+    if figure is not None:
+        figure.axes[0].set_xlabel(
+            f"{_score_label(scored, target)}: minus the median's, same people"
+        )
+    return figure
 
 
 def _forest(
-    scored: dict[str, Any], names: list[str], target: str, facts: Mapping[str, Any], title: str
+    scored: dict[str, Any],
+    names: list[str],
+    target: str,
+    facts: Mapping[str, Any],
+    title: str,
+    key: str = "",
+    floor: float | None = 0.5,
 ) -> Figure | None:
     """Scores and intervals, one row each; a dotted line where nothing is known of a subject."""
-    key = _score_key(scored)
+    key = key or _score_key(scored)
     names = [name for name in names if known(scored["systems"][name].get(key))]
     if not names:
         return None
@@ -227,7 +244,8 @@ def _forest(
             va="center",
             fontsize=7.5,
         )
-    floor = scored["systems"].get(NUMERIC_FLOOR, {}).get("mae") if key == "mae" else 0.5
+    if key == "mae":
+        floor = scored["systems"].get(NUMERIC_FLOOR, {}).get("mae")
     if floor is not None:
         panel.axvline(floor, color=INK, linewidth=0.8, linestyle=":")
     ranked = sum(facts[name]["ranked"] for name in names)
