@@ -177,8 +177,10 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
                 for control, arguments in {"": [], **controls}.items():
                     for seed in seeds:
                         for target in targets:
+                            # The cohorts of controls are of their second kind (`control_cohort`).
+                            told = f"{control}, 2" if control and arguments is None else control
                             content = [
-                                *(system.name, system.definition, configs, control, arguments),
+                                *(system.name, system.definition, configs, told, arguments),
                                 *(view.split.hash, fold, seed, target or suite.targets),
                                 cohort.content_hash,
                             ]
@@ -326,8 +328,10 @@ def _saved(split: Split, out: Path) -> Path:
 
 def _control_folder(cell: Cell, suite: Suite, cohort: Cohort, out: Path) -> tuple[Path, str]:
     """Folder and content hash of a control's cohort, made when it is missing."""
-    key = _sha256([cohort.content_hash, suite.targets])[:8]
+    of_fold = [cell.split.hash, cell.fold] if cell.control == "permuted labels" else []
+    key = _sha256([cohort.content_hash, suite.targets, 2, *of_fold])[:8]
     folder = out / "cohorts" / f"{cell.control.replace(' ', '_')}-seed{cell.seed}-{key}"
     if not (folder / "cohort.json").is_file():
-        save_cohort(control_cohort(cohort, cell.control, suite.targets, cell.seed), folder)
+        parts = cell.split[cell.fold]
+        save_cohort(control_cohort(cohort, cell.control, suite.targets, cell.seed, parts), folder)
     return folder, load_cohort(folder).content_hash

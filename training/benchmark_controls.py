@@ -5,7 +5,7 @@ scored against the true values. What it still finds, it found elsewhere than in 
 length of the scan, the number of tokens, the repetition time, the site.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,23 +18,35 @@ from .benchmark_suite import COHORT_CONTROLS
 OF_SCAN = ("session", "tr", "n_timepoints")
 
 
-def control_cohort(cohort: Cohort, control: str, targets: Sequence[str], seed: int) -> Cohort:
+def control_cohort(
+    cohort: Cohort,
+    control: str,
+    targets: Sequence[str],
+    seed: int,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> Cohort:
     """The cohort of a control.
 
     Parameters
     ----------
     cohort : Cohort
     control : str
-        ``permuted labels``: each target's values change hands among the subjects who have one.
+        ``permuted labels``: each target's values change hands among the subjects who have one,
+        those of held-out people among themselves: what is trained on must not even have their
+        mean.
         ``another scan``: everybody gets somebody else's scan, with its length and TR.
         ``noise scan``: white noise in place of every scan, of its length and TR.
     targets : sequence of str
     seed : int
+    parts : mapping of str to list of str, optional
+        The fold: who is held out (test, test_sites), and of which sites training people are.
+        Default: nobody is.
 
     Returns
     -------
     Cohort
-        Same subjects, sites and regions. Scans that are not recommended stay as they are.
+        Same subjects, sites and regions. Scans that quality control advised against change like
+        all others, for a system may be trained on them too.
 
     Raises
     ------
@@ -49,15 +61,15 @@ def control_cohort(cohort: Cohort, control: str, targets: Sequence[str], seed: i
     people = cohort.participants.copy()
     scans = {name: np.asarray(cohort.series(name).values, np.float32) for name in people.index}
     used = people.index
-    if "recommended" in people:
-        used = people.index[people["recommended"].astype(bool)]
     if control == "permuted labels":
-        for target in targets:
-            known = used[people.loc[used, target].notna()]
-            people.loc[known, target] = generator.permutation(people.loc[known, target].to_numpy())
+        for group in _groups(people, parts):
+            for target in targets:
+                known = group[people.loc[group, target].notna()]
+                values = people.loc[known, target].to_numpy()
+                people.loc[known, target] = generator.permutation(values)
     elif control == "another scan":
         if len(used) < 2:
-            raise TrainingError("another scan: expected at least two recommended scans, found one.")
+            raise TrainingError("another scan: expected at least two scans, found one.")
         order = generator.permutation(used.to_numpy())
         donors = dict(zip(order, np.roll(order, 1), strict=True))  # nobody keeps their own
         columns = [name for name in OF_SCAN if name in people]
@@ -74,3 +86,14 @@ def control_cohort(cohort: Cohort, control: str, targets: Sequence[str], seed: i
         cohort.regions,
         cohort.atlas,
     )
+
+
+def _groups(people, parts) -> list:
+    """Who may exchange labels: held-out people, and people of the training sites but them."""
+    if parts is None:
+        return [people.index]
+    held_out = people.index.isin(
+        [s for part in ("test", "test_sites") for s in parts.get(part, ())]
+    )
+    training = people["site"].isin(set(people.loc[list(parts["train"]), "site"]))
+    return [people.index[held_out], people.index[training & ~held_out]]

@@ -352,6 +352,25 @@ def test_control_cohorts_break_what_they_should_and_nothing_else(cohort):
     assert (permuted.participants["age"] != people["age"]).mean() > 0.9
     assert (permuted.participants["sex"] == people["sex"]).all()
     np.testing.assert_array_equal(permuted.series("s03").values, cohort.series("s03").values)
+    # Held-out people's labels stay among them: training people must not even have their mean.
+    table = people.assign(recommended=np.arange(len(people)) > 5)
+    some = build_cohort(
+        np.concatenate([cohort.series(name).values for name in people.index]),
+        table.reset_index(),
+        cohort.regions,
+        cohort.atlas,
+    )
+    held_out = people.index[people["site"] == "B"][:20]
+    train = people.index[people["site"] == "A"]
+    parts = {"train": list(train[3:]), "test": list(held_out)}  # three of no part
+    mixed = control_cohort(some, "permuted labels", ["age"], 0, parts).participants["age"]
+    for group in (held_out, train):
+        assert sorted(mixed[group]) == sorted(people.loc[group, "age"])
+    assert (mixed[train[:3]] != people.loc[train[:3], "age"]).any()
+    rest = people.index.difference([*held_out, *train])
+    assert (mixed[rest] == people.loc[rest, "age"]).all()  # of sites that nobody is trained on
+    noisy = control_cohort(some, "noise scan", ["age"], 0)
+    assert not np.array_equal(noisy.series("s00").values, cohort.series("s00").values)
     other = control_cohort(cohort, "another scan", ["age"], 0)
     assert (other.participants["age"] == people["age"]).all()
     for name in people.index:
