@@ -70,8 +70,12 @@ def control_cohort(
     elif control == "another scan":
         if len(used) < 2:
             raise TrainingError("another scan: expected at least two scans, found one.")
-        order = generator.permutation(used.to_numpy())
-        donors = dict(zip(order, np.roll(order, 1), strict=True))  # nobody keeps their own
+        # Recommended people keep recommended scans: a cohort refuses others.
+        kind = people["recommended"].astype(bool) if "recommended" in people else people.index == ""
+        donors = {}
+        for group in (used[kind], used[~kind]):
+            order = generator.permutation(group.to_numpy())
+            donors |= dict(zip(order, np.roll(order, 1), strict=True))  # nobody keeps their own
         columns = [name for name in OF_SCAN if name in people]
         people.loc[list(donors), columns] = people.loc[list(donors.values()), columns].to_numpy()
         scans |= {name: scans[donor] for name, donor in donors.items()} if donors else {}
