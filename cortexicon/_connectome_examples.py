@@ -6,6 +6,7 @@ import numpy as np
 
 from cortexicon.cohorts import Cohort
 from cortexicon.evaluation.rendering_connectome import write_examples
+from cortexicon.evaluation.scan_images import NETWORK_COLUMNS
 from cortexicon.inference import CohortMatrices, decode_matrices
 from cortexicon.modeling import AVQConnectomeModel
 
@@ -33,7 +34,7 @@ def examples(
     path : pathlib.Path
     """
     regions = cohort.regions
-    names = next((name for name in ("network", "yeo7") if name in regions), None)
+    names = next((name for name in NETWORK_COLUMNS if name in regions), None)
     tokens, effects, pairs = code_effects(model, codes, cohort.coordinates)
 
     def text(name: str | None) -> np.ndarray:

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from cortexicon.cohorts import Cohort
 from cortexicon.evaluation.rendering_interpretation import write_interpretation
+from cortexicon.evaluation.scan_images import networks_of
 from cortexicon.inference import Checkpoint
 from cortexicon.inference.interpret import attribute, code_networks
 from cortexicon.inference.predict import encode_prompts
@@ -54,12 +56,10 @@ def interpret(
         more = None if prompts.connectivity is None else prompts.connectivity[scan]
         for row, target in enumerate(config.targets):
             moved[row] += attribute(model, processor, prompts.codes[scan, 0], target, more).regions
-    column = next((name for name in ("network", "yeo7") if name in regions), None)
-    networks = ["brain"] * len(regions)
-    if column is not None:
-        networks = regions[column].fillna("").astype(str).to_list()
+    named = networks_of(regions)
+    networks = ["" if pd.isna(name) else str(name) for name in named or ["brain"] * len(regions)]
     codes, shares, names = np.zeros(0, np.int64), np.zeros((0, 0)), list[str]()
-    if prompts.codes.size and column is not None:
+    if prompts.codes.size and named is not None:
         codes = np.bincount(prompts.codes.ravel()).argsort()[::-1][:MAX_CODES]
         shares, names = code_networks(model, codes.tolist(), networks)
     write_interpretation(

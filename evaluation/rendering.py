@@ -71,6 +71,11 @@ class Picture(NamedTuple):
     problem: str = ""
 
 
+def file_name(name: str) -> str:
+    """`name` with every character replaced that a file's name may not hold everywhere."""
+    return "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+
+
 def new_figure(height: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> tuple:
     """A figure of the report's width (10 in) and its axes as an array (rows, columns)."""
     from matplotlib.figure import Figure

@@ -23,6 +23,7 @@ from .rendering import (
     PALETTE,
     STYLE,
     Picture,
+    file_name,
     finish,
     new_figure,
 )
@@ -158,7 +159,7 @@ def _picture(
 ) -> Picture:
     from PIL import Image
 
-    name = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+    name = file_name(name)
     figure = drawing()
     if figure is None:
         return Picture(name, title, caption, None, "nothing to draw in these results")
@@ -192,8 +193,9 @@ def _score_label(scored: Mapping[str, Any], target: str) -> str:
 def draw_systems(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
     """Every system's score with its interval: ranked ones, then unranked ones."""
     names = [*scored["ranking"], *scored["unranked"]]
-    title = f"{target}, n = {scored['num_subjects']}"
-    return _forest(scored, names, target, facts, title)
+    key, title = _score_key(scored), f"{target}, n = {scored['num_subjects']}"
+    floor = scored["systems"].get(NUMERIC_FLOOR, {}).get("mae") if key == "mae" else 0.5
+    return _forest(scored, names, facts, title, _score_label(scored, target), key, floor)
 
 
 def draw_controls(scored: dict[str, Any], target: str, facts: Mapping[str, Any]) -> Figure | None:
@@ -202,28 +204,23 @@ def draw_controls(scored: dict[str, Any], target: str, facts: Mapping[str, Any])
     Numbers: the error minus the median's on the same people, who may be those of one fold.
     """
     names = sorted(scored["controls"], key=lambda name: (facts[name]["control_of"], name))
-    if _score_key(scored) != "mae":
-        return _forest(scored, names, target, facts, f"controls of {target}")
-    key = "difference_to_floor"
-    figure = _forest(scored, names, target, facts, f"controls of {target}", key, floor=0.0)
-    if figure is not None:
-        figure.axes[0].set_xlabel(
-            f"{_score_label(scored, target)}: minus the median's, same people"
-        )
-    return figure
+    title, label = f"controls of {target}", _score_label(scored, target)
+    if _score_key(scored) == "auc":
+        return _forest(scored, names, facts, title, label, "auc", 0.5)
+    label += ": minus the median's, same people"
+    return _forest(scored, names, facts, title, label, "difference_to_floor", 0.0)
 
 
 def _forest(
     scored: dict[str, Any],
     names: list[str],
-    target: str,
     facts: Mapping[str, Any],
     title: str,
-    key: str = "",
-    floor: float | None = 0.5,
+    label: str,
+    key: str,
+    floor: float | None,
 ) -> Figure | None:
     """Scores and intervals, one row each; a dotted line where nothing is known of a subject."""
-    key = key or _score_key(scored)
     names = [name for name in names if known(scored["systems"][name].get(key))]
     if not names:
         return None
@@ -244,8 +241,6 @@ def _forest(
             va="center",
             fontsize=7.5,
         )
-    if key == "mae":
-        floor = scored["systems"].get(NUMERIC_FLOOR, {}).get("mae")
     if floor is not None:
         panel.axvline(floor, color=INK, linewidth=0.8, linestyle=":")
     ranked = sum(facts[name]["ranked"] for name in names)
@@ -254,7 +249,7 @@ def _forest(
     panel.set_yticks(range(len(names)), [shown_name(name, facts) for name in names])
     panel.set_ylim(len(names) - 0.5, -0.6)
     panel.margins(x=0.08)
-    finish(panel, title, _score_label(scored, target), "")
+    finish(panel, title, label, "")
     panel.grid(axis="y", visible=False)
     return figure
 

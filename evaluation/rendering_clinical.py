@@ -13,7 +13,7 @@ import pandas as pd
 from .baselines import DESCRIPTIONS
 from .clinical import CLASS_REFERENCE, NUMERIC_FLOOR, NUMERIC_REFERENCE
 from .predictions import missing_answers, read_predictions
-from .rendering import BLUE, FAINT, GREY, INK, ORANGE, finish, new_figure
+from .rendering import BLUE, FAINT, GREY, INK, ORANGE, file_name, finish, new_figure
 from .results import read_json
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def clinical_figures(run: Path) -> list[Drawing]:
     for target, scored in clinical.items():
         drawings.append(
             (
-                f"systems_{_file_name(target)}",
+                f"systems_{file_name(target)}",
                 f"All systems: {target}",
                 "Each system on the same subjects, best first, with 95 % intervals (bootstrap over "
                 "subjects). Blue: models that read a scan through a language model. Orange: the "
@@ -54,7 +54,7 @@ def clinical_figures(run: Path) -> list[Drawing]:
         if scored["kind"] == "number":
             drawings.append(
                 (
-                    f"predictions_{_file_name(target)}",
+                    f"predictions_{file_name(target)}",
                     f"Predicted and true {target}",
                     "Above: one dot per held-out subject; on the line a prediction is exact. "
                     "Below: the distribution of predictions beside the true one. A model that "
@@ -63,10 +63,6 @@ def clinical_figures(run: Path) -> list[Drawing]:
                 )
             )
     return drawings
-
-
-def _file_name(target: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "_" for c in target)
 
 
 def draw_systems(scored: dict[str, Any], target: str) -> Figure | None:

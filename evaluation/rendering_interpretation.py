@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import EvaluationError
-from .rendering import BLUE, FAINT, INK, VERMILION, finish, new_figure
+from .rendering import BLUE, FAINT, INK, VERMILION, file_name, finish, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +42,6 @@ def interpretation_figures(path: Path) -> list[tuple[str, str, str, Callable[[],
         held = {name: file[name] for name in file.files}
     figures: list[tuple[str, str, str, Callable[[], Figure]]] = []
     for target, regions in zip(held["targets"].tolist(), held["regions"], strict=True):
-        name = "".join(c if c.isascii() and c.isalnum() else "_" for c in target)
         drawing = partial(
             draw_attribution, regions, held["coordinates"], held["networks"].tolist(), target
         )
@@ -51,7 +50,9 @@ def interpretation_figures(path: Path) -> list[tuple[str, str, str, Callable[[],
             "answer then moved is laid out on the regions in which the code is seen. It says what "
             "this model listens to, not where the brain differs."
         )
-        figures.append((f"moves_{name}", f"What moves the answer: {target}", caption, drawing))
+        figures.append(
+            (f"moves_{file_name(target)}", f"What moves the answer: {target}", caption, drawing)
+        )
     if len(held["codes"]):
         caption = (
             "The commonest codes of held-out people, one a column: the share of each network in "

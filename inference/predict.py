@@ -96,10 +96,9 @@ def encode_prompts(
     codes = np.stack(blocks) if blocks else np.zeros((0, prompts, windows, 0), dtype=np.int64)
     if model.connectome is None:
         return PromptCodes(found, codes, skipped)
-    if not found:
-        empty = np.zeros((0, model.connectome.config.num_tokens), dtype=np.int64)
-        return PromptCodes(found, codes, skipped, empty)
-    more = encoded_matrices(model, extractor, matrices, batch_size)
+    more = np.zeros((0, model.connectome.config.num_tokens), dtype=np.int64)
+    if matrices:
+        more = encoded_matrices(model, extractor, matrices, batch_size)
     return PromptCodes(found, codes, skipped, more)
 
 

@@ -36,7 +36,7 @@ from cortexicon.cohorts import Cohort, Split, load_cohort, load_split, make_spli
 from cortexicon.evaluation import write_json
 
 from .arguments import TrainingError, read_config
-from .benchmark_controls import control_cohort
+from .benchmark_controls import KIND, control_cohort
 from .benchmark_suite import SplitEntry, Suite, System, read_suite
 from .faults import locked
 
@@ -151,11 +151,6 @@ def _split(entry: SplitEntry, cohort: Cohort) -> Split:
             f"split {entry.name!r}: expected folds in 0..{len(split) - 1} with subjects in part "
             f"{entry.part!r}, found folds {list(folds)}."
         )
-    if strange := sorted(set(entry.control_folds or ()) - set(folds)):
-        raise TrainingError(
-            f"split {entry.name!r}, control_folds: expected some of the folds {list(folds)}, "
-            f"found {strange}."
-        )
     return split
 
 
@@ -172,13 +167,19 @@ def make_cells(suite: Suite, cohort: Cohort, views: Sequence[View]) -> list[Cell
             folds = view.entry.folds or range(len(view.split))
             controlled = folds if view.entry.control_folds is None else view.entry.control_folds
             controlled = system.control_folds.get(view.entry.name, controlled)
+            if strange := sorted(set(controlled) - set(folds)):
+                raise TrainingError(
+                    f"split {view.entry.name!r}, control_folds: expected some of the folds "
+                    f"{list(folds)}, found {strange}."
+                )
             for fold in folds:
                 controls = system.controls if fold in controlled else {}
                 for control, arguments in {"": [], **controls}.items():
                     for seed in seeds:
                         for target in targets:
-                            # The cohorts of controls are of their second kind (`control_cohort`).
-                            told = f"{control}, 2" if control and arguments is None else control
+                            told = control
+                            if control and arguments is None:
+                                told = f"{control}, {KIND}"
                             content = [
                                 *(system.name, system.definition, configs, told, arguments),
                                 *(view.split.hash, fold, seed, target or suite.targets),
@@ -329,7 +330,7 @@ def _saved(split: Split, out: Path) -> Path:
 def _control_folder(cell: Cell, suite: Suite, cohort: Cohort, out: Path) -> tuple[Path, str]:
     """Folder and content hash of a control's cohort, made when it is missing."""
     of_fold = [cell.split.hash, cell.fold] if cell.control == "permuted labels" else []
-    key = _sha256([cohort.content_hash, suite.targets, 2, *of_fold])[:8]
+    key = _sha256([cohort.content_hash, suite.targets, KIND, *of_fold])[:8]
     folder = out / "cohorts" / f"{cell.control.replace(' ', '_')}-seed{cell.seed}-{key}"
     if not (folder / "cohort.json").is_file():
         parts = cell.split[cell.fold]

@@ -16,6 +16,8 @@ from .benchmark_suite import COHORT_CONTROLS
 
 #: Columns that belong to a scan and go where it goes.
 OF_SCAN = ("session", "tr", "n_timepoints")
+#: Counts the ways `control_cohort` has made them: cells of earlier ones are run again.
+KIND = 2
 
 
 def control_cohort(
@@ -60,7 +62,6 @@ def control_cohort(
     generator = np.random.default_rng(seed)
     people = cohort.participants.copy()
     scans = {name: np.asarray(cohort.series(name).values, np.float32) for name in people.index}
-    used = people.index
     if control == "permuted labels":
         for group in _groups(people, parts):
             for target in targets:
@@ -68,19 +69,23 @@ def control_cohort(
                 values = people.loc[known, target].to_numpy()
                 people.loc[known, target] = generator.permutation(values)
     elif control == "another scan":
-        if len(used) < 2:
-            raise TrainingError("another scan: expected at least two scans, found one.")
         # Recommended people keep recommended scans: a cohort refuses others.
-        kind = people["recommended"].astype(bool) if "recommended" in people else people.index == ""
+        recommended = np.ones(len(people), bool)
+        if "recommended" in people:
+            recommended = people["recommended"].to_numpy(bool)
+        if recommended.sum() < 2:
+            raise TrainingError("another scan: expected at least two recommended scans, found one.")
         donors = {}
-        for group in (used[kind], used[~kind]):
+        for group in (people.index[recommended], people.index[~recommended]):
             order = generator.permutation(group.to_numpy())
-            donors |= dict(zip(order, np.roll(order, 1), strict=True))  # nobody keeps their own
+            donors |= dict(
+                zip(order, np.roll(order, 1), strict=True)
+            )  # none of two keeps their own
         columns = [name for name in OF_SCAN if name in people]
         people.loc[list(donors), columns] = people.loc[list(donors.values()), columns].to_numpy()
-        scans |= {name: scans[donor] for name, donor in donors.items()} if donors else {}
+        scans = {name: scans[donor] for name, donor in donors.items()}
     else:
-        for name in used:
+        for name in people.index:
             scans[name] = generator.standard_normal(scans[name].shape).astype(np.float32)
     for column, kind in cohort.participants.dtypes.items():
         people[column] = people[column].astype(kind)

@@ -1,6 +1,5 @@
 """One step's loss of `train lm`, in one module: what several processes average is its gradient."""
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -65,5 +64,5 @@ class StepLoss(nn.Module):
             states = out.hidden_states[-1][where[:, 0], where[:, 1]]
             loss = loss + self.head_weight * head_loss(model.heads, states, batch["asked"])
         if self.side.weights:
-            loss = loss + self.side.loss(model, np.asarray(batch["scan"]), seed)
+            loss = loss + self.side.loss(model, batch["scan"], seed)
         return loss, out.logits
