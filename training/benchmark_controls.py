@@ -75,7 +75,7 @@ def control_cohort(
             recommended = people["recommended"].to_numpy(bool)
         if recommended.sum() < 2:
             raise TrainingError("another scan: expected at least two recommended scans, found one.")
-        donors = {}
+        donors: dict[str, str] = {}
         for group in (people.index[recommended], people.index[~recommended]):
             order = generator.permutation(group.to_numpy())
             donors |= dict(
