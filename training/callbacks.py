@@ -126,11 +126,12 @@ def log_lines(path: Path) -> list[str]:
 
 def write_run_facts(folder: Path, stage: str, arguments: Any, **facts: Any) -> None:
     """`FOLDER/run.json`: stage, arguments, command, versions, machine, and what the stage adds."""
+    by_command_line = Path(sys.argv[0]).stem in ("cortexicon", "cli")  # else a module of its own
     record = {
         "stage": stage,
-        "command": shlex.join(["cortexicon", "train", stage, *sys.argv[1:]])
-        if not sys.argv[0].endswith("cortexicon")
-        else shlex.join(["cortexicon", *sys.argv[1:]]),
+        "command": shlex.join(
+            ["cortexicon", *([] if by_command_line else ["train", stage]), *sys.argv[1:]]
+        ),
         "arguments": dataclasses.asdict(arguments),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -1,9 +1,12 @@
 """Does a language model of scans listen to the scan, whatever the wording, and write what is asked?
 
-    python -m cortexicon.training.language_checks CHECKPOINT COHORT --split SPLIT --json FILE
+    python -m cortexicon.training.language_checks CHECKPOINT COHORT --split SPLIT --json FILE \
+        --text-model RUN/text --text FILE.txt ... [--seen FILE.txt ...]
 
-Three checks on people that were not trained on, beside what `train lm` logs of text and codes:
+Five checks, of people that were not trained on and of texts that were not:
 
+* *codes*: perplexity of their next code, beside the best unigram of training people's codes;
+* *text*: perplexity of texts, beside that of the language model that tuning began with;
 * *wordings*: the same questions in words that training used, and in words that were held out;
 * *swapped scans*: everybody's question with somebody else's scan;
 * *written scans*: connectivity that the model writes after a sentence about it. Is its mean nearer
@@ -15,6 +18,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM
 
 from cortexicon.cohorts import Cohort, load_cohort, load_split
 from cortexicon.evaluation import write_json
@@ -37,12 +42,64 @@ from cortexicon.inference.predict import (
 )
 
 from .arguments import TrainingError
-from .lm_stages import descriptions_of
+from .lm_stages import descriptions_of, next_code_scores, text_perplexity
 from .stages import wordings_of
 
 #: What each sentence of `describe_scan` that connectivity decides is about.
 SENTENCES = ("networks that rise together", "networks that go their own ways", "tightest network")
 _FEWEST = 5  # people of whom a sentence is true
+_LENGTH = 128  # tokens of a sequence of text
+
+
+def text_scores(
+    loaded: LanguageCheckpoint,
+    text_model: Path,
+    files: Sequence[Path],
+    seen: Sequence[Path] = (),
+    most: int = 256,
+) -> dict[str, dict[str, float]]:
+    """Perplexity of texts before and after tuning, in sequences of 128 tokens.
+
+    Parameters
+    ----------
+    loaded : LanguageCheckpoint
+        Scored over its whole vocabulary: a code where a word stands counts against it.
+    text_model : Path
+        The language model that tuning began with, scored over its own vocabulary.
+    files : sequence of Path
+        UTF-8 texts that neither was trained on.
+    seen : sequence of Path
+        Texts that they were trained on: paragraphs of theirs are left out of `files`.
+    most : int
+        Sequences read of each file, from its start.
+
+    Returns
+    -------
+    dict
+        File name -> `before`, `after`, `ratio`.
+
+    Raises
+    ------
+    TrainingError
+        A text is shorter than one sequence.
+    """
+    tokenizer = loaded.processor.tokenizer
+    earlier = AutoModelForCausalLM.from_pretrained(text_model).to(loaded.model.device)
+    known = {part for file in seen for part in file.read_text(encoding="utf-8").split("\n")}
+    found = {}
+    for file in files:
+        parts = file.read_text(encoding="utf-8").split("\n")
+        text = "\n".join(part for part in parts if not part or part not in known)
+        text = text[: most * _LENGTH * 8]  # a token has fewer letters
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        if len(ids) < _LENGTH:
+            raise TrainingError(f"{file}: expected {_LENGTH} tokens or more, found {len(ids)}.")
+        before, after = (
+            text_perplexity(model, np.asarray(ids), _LENGTH, most)
+            for model in (earlier, loaded.model)
+        )
+        found[file.name] = {"before": before, "after": after, "ratio": after / before}
+    return found
 
 
 def wording_scores(
@@ -205,26 +262,40 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--part", default="test")
     parser.add_argument("--count", type=int, default=32, help="scans written after a sentence")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="texts not trained on")
+    parser.add_argument("--seen", type=Path, nargs="+", default=[], help="texts trained on")
+    parser.add_argument("--text-model", type=Path, help="the language model before tuning")
     parser.add_argument("--json", type=Path, required=True)
     arguments = parser.parse_args(argv)
+    if arguments.text and arguments.text_model is None:
+        parser.error("--text needs --text-model, whose perplexity it is compared with")
     cohort = load_cohort(arguments.cohort)
-    people = load_split(arguments.split, cohort)[arguments.fold][arguments.part]
+    parts = load_split(arguments.split, cohort)[arguments.fold]
+    people = parts[arguments.part]
     loaded = load_language_model(arguments.checkpoint)
     config = loaded.model.config
-    prompts = encode_prompts(
+    encoded = partial(
+        encode_prompts,
         loaded.model,
         loaded.processor.feature_extractor,
         cohort,
-        people,
-        config.prompts_per_scan,
-        config.windows_per_prompt,
+        prompts=config.prompts_per_scan,
+        windows=config.windows_per_prompt,
     )
+    prompts = encoded(subject_ids=people)
     found: dict[str, Any] = {
         "command": shlex.join(["python", "-m", "cortexicon.training.language_checks", *argv]),
         "people": len(prompts.subject_ids),
         "wordings": wording_scores(loaded, prompts, cohort.participants),
         "swapped": swapped_scores(loaded, prompts, cohort.participants),
     }
+    if arguments.text:
+        found["text"] = text_scores(loaded, arguments.text_model, arguments.text, arguments.seen)
+    if config.fmri_input == "codes":
+        held, more = encoded(subject_ids=parts["train"]).flat
+        streams = (("fmri", held), ("fc", more))
+        counted = {name: codes for name, codes in streams if codes is not None and codes.size}
+        found["codes"] = next_code_scores(loaded.model, loaded.processor, counted, prompts)
     if loaded.model.connectome is not None and config.fmri_input == "codes":
         found["written"] = written_scans(loaded, cohort, people, arguments.count)
     write_json(arguments.json, found)
@@ -234,6 +305,16 @@ def main(argv: list[str]) -> int:
         scans = found["swapped"][name]
         figures = (scans["own"], scans["swapped"], row["trained_mean"], row["held_out_mean"])
         print(f"| {name} | {row['score']} | " + " | ".join(f"{x:.3f}" for x in figures) + " |")
+    for name, row in found.get("text", {}).items():
+        print(
+            f"text, {name}: perplexity {row['after']:.1f}, before tuning {row['before']:.1f} "
+            f"(ratio {row['ratio']:.3f})"
+        )
+    for name, row in found.get("codes", {}).items():
+        print(
+            f"codes, {name}: perplexity {row['perplexity']:.0f} of {row['codes']}, unigram "
+            f"{row['unigram']:.0f} ({row['saved']:.1%} saved)"
+        )
     for row in found.get("written", ()):
         noise = ", ".join(f"{value:+.3f}" for value in row["halves"])
         print(f"written, {row['kind']}: {row['correlation']:+.3f} (halves: {noise})")

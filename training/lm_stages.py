@@ -126,23 +126,51 @@ class SideLosses:
         validation : PromptCodes
         training_windows : int64 array, (windows, tokens)
         """
-        held, more = validation.flat
-        streams = {"fmri": (training_windows, held)} if held.shape[1] else {}
-        if more is not None:
-            streams["fc"] = np.stack(self.connectivity), more
-        rows = [
-            next_code_rows(
-                self.processor, held[k : k + 8], None if more is None else more[k : k + 8]
-            )
-            for k in range(0, len(held), 8)
-        ]
+        counted = {} if self.connectivity is None else {"fc": np.stack(self.connectivity)}
+        if training_windows.size:
+            counted["fmri"] = training_windows
         found = {}
-        for stream, (training, codes) in streams.items():
-            found[f"eval_{stream}_code_perplexity"] = code_perplexity(model, rows, stream)
-            found[f"eval_{stream}_unigram_perplexity"] = best_unigram_perplexity(
-                training, codes, model.block(stream)[1]
-            )
+        for stream, row in next_code_scores(model, self.processor, counted, validation).items():
+            found[f"eval_{stream}_code_perplexity"] = row["perplexity"]
+            found[f"eval_{stream}_unigram_perplexity"] = row["unigram"]
         return found
+
+
+def next_code_scores(
+    model, processor, counted: dict[str, np.ndarray], prompts
+) -> dict[str, dict[str, float]]:
+    """Perplexity of every stream's next code, for a model that reads codes.
+
+    Parameters
+    ----------
+    model : AVQLMForConditionalGeneration
+    processor : AVQProcessor
+    counted : dict of str to int64 array
+        Stream ("fmri", "fc") -> codes of people that were trained on, of any shape.
+    prompts : PromptCodes
+        Of people that were not.
+
+    Returns
+    -------
+    dict
+        Stream -> `codes` (in its block), `perplexity`, `unigram` (of what was counted, with the
+        smoothing that serves the people scored best) and `saved`, 1 - perplexity / unigram.
+    """
+    held, more = prompts.flat
+    rows = [
+        next_code_rows(processor, held[k : k + 8], None if more is None else more[k : k + 8])
+        for k in range(0, len(held), 8)
+    ]
+    found = {}
+    for stream, training in counted.items():
+        size = model.block(stream)[1]
+        perplexity = code_perplexity(model, rows, stream)
+        unigram = best_unigram_perplexity(training, held if stream == "fmri" else more, size)
+        found[stream] = {
+            **{"codes": size, "perplexity": perplexity, "unigram": unigram},
+            "saved": 1 - perplexity / unigram,
+        }
+    return found
 
 
 def corpus_ids(tokenizer, arguments, at_least: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,6 +1,7 @@
 """A folder that is full, read-only or in use is refused, or left with what was whole before."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -51,6 +52,24 @@ def test_a_read_only_folder_is_refused(nobody):
         assert str(output) in str(error.value)
         assert "Choose another `output`" in str(error.value)
     assert list(nobody.iterdir()) == []
+
+
+# ------------------------------------------------------------------ what made it
+
+
+@pytest.mark.parametrize(
+    "started",
+    [
+        ["bin/cortexicon", "train", "text", "a.yaml"],
+        ["cortexicon/cli.py", "train", "text", "a.yaml"],  # python -m cortexicon.cli
+        ["cortexicon/training/text.py", "a.yaml"],  # accelerate launch -m cortexicon.training.text
+    ],
+)
+def test_the_command_of_a_run_can_be_typed_again(tmp_path, monkeypatch, started):
+    monkeypatch.setattr(sys, "argv", started)
+    callbacks.write_run_facts(tmp_path, "text", text.TextArguments(output=""))
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["command"] == "cortexicon train text a.yaml"
 
 
 # ------------------------------------------------------------------ full

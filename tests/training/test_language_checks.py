@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from cortexicon.cohorts import load_cohort, load_split
 from cortexicon.inference import cohort_matrices
 from cortexicon.inference.answers import ScanAnswers, answers_of
-from cortexicon.inference.predict import PromptCodes, load_language_model
+from cortexicon.inference.predict import PromptCodes, encode_prompts, load_language_model
 from cortexicon.training import TrainingError, language_checks
-from cortexicon.training.lm_stages import descriptions_of
+from cortexicon.training.lm_stages import descriptions_of, next_code_scores
 from cortexicon.training.stages import wordings_of
 
 TARGET = {"name": "age", "kind": "number", "minimum": 0, "maximum": 99, "question": "Age?"}
@@ -76,12 +77,56 @@ def test_scans_of_the_people_asked_for_are_near_them_and_noise_is_not(
     assert not any(row["correlation"] > 0 for row in same)
 
 
-def test_the_command_writes_all_three(two_stream_run, tmp_path, capsys):
+def test_a_model_that_knows_nothing_is_as_good_as_chance_at_codes(two_stream_run, cohort):
+    loaded = load_language_model(two_stream_run / "lm2")
+    config = loaded.model.config
+    prompts = encode_prompts(
+        loaded.model, loaded.processor.feature_extractor, cohort, cohort.subject_ids[:6],
+        config.prompts_per_scan, config.windows_per_prompt,
+    )  # fmt: skip
+    with torch.no_grad():
+        loaded.model.get_output_embeddings().weight.zero_()
+    held, more = prompts.flat
+    counted = {"fmri": held, "fc": more}
+    found = next_code_scores(loaded.model, loaded.processor, counted, prompts)
+    for stream, row in found.items():
+        assert row["codes"] == loaded.model.block(stream)[1]
+        assert row["perplexity"] == pytest.approx(row["codes"], rel=1e-4)
+        # The unigram has counted the very codes that it is asked about.
+        assert row["unigram"] < row["perplexity"]
+        assert row["saved"] == pytest.approx(1 - row["perplexity"] / row["unigram"])
+
+
+def test_text_is_scored_over_the_words_before_and_over_everything_after(two_stream_run, tmp_path):
+    loaded = load_language_model(two_stream_run / "lm2")
+    file = tmp_path / "a.txt"
+    file.write_text("The visual network rises and falls. " * 60, encoding="utf-8")
+    words = len(AutoTokenizer.from_pretrained(two_stream_run / "text"))
+    model = loaded.model
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    row = language_checks.text_scores(loaded, two_stream_run / "text", [file])["a.txt"]
+    everything = model.get_output_embeddings().weight.shape[0]
+    assert everything > words
+    assert row["after"] == pytest.approx(everything, rel=1e-4)
+    assert 1 < row["before"] < everything
+    assert row["ratio"] == pytest.approx(row["after"] / row["before"])
+    file.write_text("Short.", encoding="utf-8")
+    with pytest.raises(TrainingError, match=r"a\.txt: expected 128 tokens"):
+        language_checks.text_scores(loaded, two_stream_run / "text", [file])
+
+
+def test_the_command_writes_all_five(two_stream_run, tmp_path, capsys):
     split = two_stream_run / "split.json"
+    text = tmp_path / "held_out.txt"
+    text.write_text("A brain is no book, and yet it can be read. " * 40, encoding="utf-8")
     argv = [two_stream_run / "lm2", two_stream_run / "cohort", "--split", split, "--count", "2",
+            "--text", text, "--text-model", two_stream_run / "text",
             "--json", tmp_path / "checks.json"]  # fmt: skip
     assert language_checks.main([str(word) for word in argv]) == 0
     found = json.loads((tmp_path / "checks.json").read_text(encoding="utf-8"))
+    assert set(found["codes"]) == {"fmri", "fc"}
+    assert set(found["text"]) == {"held_out.txt"}
     people = load_split(split)[0]["test"]
     assert found["people"] == len(people)
     assert set(found["wordings"]) == set(found["swapped"]) == {"age", "sex"}
