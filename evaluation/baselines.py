@@ -50,6 +50,7 @@ MOTION_COLUMNS = ("func_mean_fd", "mean_fd", "framewise_displacement")
 PENALTIES = np.logspace(-3, 3, 13)
 SVM_PENALTIES = (0.01, 0.1, 1.0, 10.0)
 INNER_FOLDS = 5
+PERMUTATIONS = 20
 PREDICTED_PARTS = ("test", "test_sites")
 
 
@@ -60,7 +61,7 @@ def run_baselines(
     out_folder: str | Path,
     fold: int = 0,
     seed: int = 0,
-    permutations: int = 1,
+    permutations: int = PERMUTATIONS,
 ) -> list[Path]:
     """Fit every baseline on one fold and write one file of predictions per system and target.
 

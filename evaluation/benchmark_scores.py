@@ -7,7 +7,7 @@ subjects alone would be too narrow. Everything paired is paired by subject.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -144,6 +144,34 @@ def score_view(
         described["systems"] = systems
         found[str(target)] = described
     return found
+
+
+def score_draws(
+    rows: pd.DataFrame, names: Iterable[str], numeric: bool, num_resamples: int
+) -> dict[str, dict[str, Any]]:
+    """Scores of systems that were fitted several times, as rows beside those fitted once.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        Of one target and one part, in the format of `predictions.py`.
+    names : iterable of str
+        The systems to score; the others are what they are compared with.
+    numeric : bool
+    num_resamples : int
+
+    Returns
+    -------
+    dict
+        System -> scores: means over the times, intervals over subjects and times.
+    """
+    answers = answers_of(rows.assign(seed=rows["draw"]), numeric)
+    score = _score_numbers if numeric else _score_classes
+    return {
+        name: score(name, answers, num_resamples, by_site=False)
+        for name in names
+        if name in answers
+    }
 
 
 def answers_of(rows: pd.DataFrame, numeric: bool) -> dict[str, Answers]:

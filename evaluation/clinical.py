@@ -68,14 +68,11 @@ def score_clinical(
     An invalid answer counts as the floor's answer for that subject (the cohort median, the
     majority class), so that no system gains by declining to answer. Where no file holds the floor
     it is left out; `num_invalid` counts it either way.
+
+    Of a system that was fitted several times (column `draw`, such as the permuted labels), scores
+    are means over the times, and intervals are over subjects and times, as in a benchmark.
     """
     rows = read_predictions(prediction_files)
-    draws = rows.groupby("system")["draw"].nunique()
-    if (draws > 1).any():
-        raise EvaluationError(
-            f"'{draws.idxmax()}' was fitted {draws.max()} times (column draw); expected one. "
-            "`cortexicon benchmark` averages several."
-        )
     result: dict[str, Any] = {}
     for target, of_target in rows.groupby("target", sort=False):
         numbers = pd.to_numeric(of_target["y"], errors="coerce").to_numpy(float)
@@ -98,6 +95,9 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     floor, reference = (
         (NUMERIC_FLOOR, NUMERIC_REFERENCE) if numeric else (CLASS_FLOOR, CLASS_REFERENCE)
     )
+    times = rows.groupby("system")["draw"].nunique()
+    often = set(times.index[times > 1])
+    everything, rows = rows, rows[~rows["system"].isin(often)]
     invalid_rows = missing_answers(rows, numeric)
     floor_rows = rows[rows["system"] == floor].set_index("subject_id")
     tables: dict[str, pd.DataFrame] = {}
@@ -115,7 +115,7 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
             table["y"], table["y_hat"] = table["y"].astype(float), table["y_hat"].astype(float)
         tables[system] = table.sort_index()
 
-    truth = rows.drop_duplicates("subject_id")["y"]
+    truth = everything.drop_duplicates("subject_id")["y"]
     described: dict[str, Any] = {"num_subjects": len(truth)}
     if numeric:
         described |= spread(truth.astype(float).to_numpy(), "")
@@ -135,6 +135,10 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
             scores |= score_one(table, of_floor, of_reference, num_resamples, seed)
             scores["by_site"] = _by_site(table, numeric)
         systems[system] = scores
+    if often:
+        from .benchmark_scores import score_draws  # it is built on this module
+
+        systems |= score_draws(everything, often, numeric, num_resamples)
     key, sign = ("mae", 1.0) if numeric else ("auc", -1.0)
     order = [
         (sign * scores[key] if np.isfinite(scores.get(key, np.nan)) else np.inf, name)

@@ -30,8 +30,6 @@ CHILDREN = resource.RUSAGE_CHILDREN
 HARMONISED = {False: (False,), True: (True,), "both": (False, True)}
 #: Tokens a scan of the plain tokenizers (series: per window of 160 s).
 TOKENS = {"connectivity_tokens": 64, "series_tokens": 128}
-#: Draws of the standard rows' permuted labels in every cell.
-PERMUTATIONS = 20
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +88,7 @@ def run_baseline(cell: dict[str, Any], folder: Path) -> dict[str, Any]:
     definition = cell["definition"]
     where = (cohort, fold, cell["targets"], folder / "predictions")
     if definition["features"] == STANDARD:
-        run_baselines(*where, fold=cell["fold"], seed=cell["seed"], permutations=PERMUTATIONS)
+        run_baselines(*where, fold=cell["fold"], seed=cell["seed"])
         return {}
     further = []
     if definition.get("more_scans"):

@@ -137,9 +137,9 @@ def wording_scores(
 
 
 def swapped_scores(
-    loaded: LanguageCheckpoint, prompts: PromptCodes, people: pd.DataFrame
+    loaded: LanguageCheckpoint, prompts: PromptCodes, people: pd.DataFrame, seed: int = 0
 ) -> dict[str, dict[str, float]]:
-    """Answers about everybody's own scan, and about the next person's.
+    """Answers about everybody's own scan, and about another person's.
 
     Returns
     -------
@@ -147,7 +147,11 @@ def swapped_scores(
         Target -> `own`, `swapped` (MAE or AUC against the truth about the person asked about) and
         `changed` (share of answers that are another class, or a number half a unit away).
     """
-    order = np.roll(np.arange(len(prompts.subject_ids)), 1)
+    # One cycle through everybody in random order: neighbours in a table are of one site, and often
+    # of one sex or diagnosis.
+    cycle = np.random.default_rng(seed).permutation(len(prompts.subject_ids))
+    order = np.empty_like(cycle)
+    order[cycle] = np.roll(cycle, 1)
     more = None if prompts.connectivity is None else prompts.connectivity[order]
     swapped = prompts._replace(codes=prompts.codes[order], connectivity=more)
     found = {}

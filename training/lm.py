@@ -85,6 +85,8 @@ class LMArguments:
     max_characters: int = 700_000
     sentences: int = 8000
     text_length: int = 128
+    text_batch_size: int = 0
+    text_first_share: float = 0.5
     paraphrases: bool = False
     fold: int = 0
     more_scans: bool = False

@@ -39,8 +39,9 @@ class SideLosses:
     ----------
     arguments : LMArguments
         `code_weight` (next code), `masked_weight` (hidden codes), `description_weight` (sentences
-        computed from the scan, after and before it), `text_weight` with `text_files`,
-        `max_characters` and `sentences` as in `train text`.
+        computed from the scan; a share `text_first_share` of steps has them before it, the others
+        after it), `text_weight` with `text_files`, `max_characters` and `sentences` as in `train
+        text`, in `text_batch_size` rows (0: `batch_size`) of `text_length` tokens.
     processor : AVQProcessor
     codes : function of a scan's index and a generator to int64 (windows, tokens)
     connectivity : list of int64 arrays (tokens,), or None
@@ -61,7 +62,8 @@ class SideLosses:
         }
         self.processor, self.codes, self.connectivity = processor, codes, connectivity
         self.descriptions, self.seed = descriptions, arguments.seed
-        self.batch_size, self.length = arguments.batch_size, arguments.text_length
+        self.text_rows = arguments.text_batch_size or arguments.batch_size
+        self.length, self.text_first_share = arguments.text_length, arguments.text_first_share
         about_codes = {"code", "masked", "description"} & set(self.weights)
         if about_codes and arguments.fmri_input == "features":
             raise TrainingError(
@@ -98,7 +100,7 @@ class SideLosses:
 
     def _rows(self, name: str, scans, rng: np.random.Generator) -> dict[str, Any]:
         if name == "text":
-            starts = rng.integers(0, len(self.text) - self.length, self.batch_size)
+            starts = rng.integers(0, len(self.text) - self.length, self.text_rows)
             ids = torch.from_numpy(np.stack([self.text[s : s + self.length] for s in starts]))
             return {"input_ids": ids, "labels": ids}
         codes = [self.codes(scan, rng) for scan in scans]
@@ -110,7 +112,7 @@ class SideLosses:
         if name == "masked":
             return masked_code_rows(self.processor, codes, more, seed=int(rng.integers(2**31)))
         texts = [str(rng.choice(self.descriptions[scan])) for scan in scans]
-        first = bool(rng.integers(2))
+        first = bool(rng.random() < self.text_first_share)
         return paired_text_rows(self.processor, codes, texts, more, text_first=first)
 
     def perplexity(self, model: AVQLMForConditionalGeneration) -> float:

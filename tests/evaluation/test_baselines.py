@@ -21,7 +21,7 @@ from cortexicon.evaluation.connectivity import standardised
 
 @pytest.fixture
 def scored(cohort, fold, tmp_path):
-    files = run_baselines(cohort, fold, ["age", "sex"], tmp_path)
+    files = run_baselines(cohort, fold, ["age", "sex"], tmp_path, permutations=2)
     return files, score_clinical(files, num_resamples=200)
 
 
@@ -35,8 +35,10 @@ def test_every_system_predicts_both_test_parts_and_nothing_else(scored, fold):
     }  # fmt: skip
     rows = read_predictions(files)
     for system, mine in rows[rows["target"] == "age"].groupby("system"):
-        assert list(mine.loc[mine["part"] == "test", "subject_id"]) == fold["test"], system
-        assert list(mine.loc[mine["part"] == "test_sites", "subject_id"]) == fold["test_sites"]
+        draws = 2 if system == PERMUTED else 1
+        assert list(mine.loc[mine["part"] == "test", "subject_id"]) == draws * fold["test"], system
+        found_sites = mine.loc[mine["part"] == "test_sites", "subject_id"]
+        assert list(found_sites) == draws * fold["test_sites"]
         assert set(mine["part"]) == {"test", "test_sites"}
 
 
@@ -49,6 +51,7 @@ def test_connectivity_sees_the_planted_age_and_permuted_labels_do_not(scored):
         # The control passes when the paired interval is not below 0.
         assert systems[PERMUTED]["difference_to_floor_interval"][1] > 0
         assert systems[PERMUTED]["mae"] > 0.85 * systems[MEDIAN]["mae"]
+        assert systems[PERMUTED]["num_seeds"] == 2
 
 
 def test_permuted_labels_are_drawn_as_often_as_asked(cohort, fold, tmp_path):
@@ -62,8 +65,15 @@ def test_permuted_labels_are_drawn_as_often_as_asked(cohort, fold, tmp_path):
     assert not np.allclose(wide["0"], wide["1"])
     truth = mine.groupby("subject_id")["y"].nunique()
     assert (truth == 1).all()
-    with pytest.raises(EvaluationError, match="was fitted 3 times"):
-        score_clinical(files)
+    for target, key in (("age", "mae"), ("sex", "auc")):
+        part = score_clinical(files, num_resamples=200)[target]["parts"]["test"]
+        scores = part["systems"][PERMUTED]
+        assert scores["num_seeds"] == 3
+        assert len(set(scores["seeds"])) == 3
+        assert scores[key] == pytest.approx(np.mean(scores["seeds"]))
+        low, high = scores[f"{key}_interval"]
+        assert low < scores[key] < high
+        assert PERMUTED in part["ranking"]
 
 
 def test_median_and_site_mean_by_hand(scored, cohort, fold):
@@ -83,9 +93,11 @@ def test_median_and_site_mean_by_hand(scored, cohort, fold):
 
 def test_test_subjects_do_not_change_what_is_fitted(cohort, fold, tmp_path):
     """No leak: another test part, the same predictions for the subjects in both."""
-    first = read_predictions(run_baselines(cohort, fold, ["age"], tmp_path / "a"))
+    first = read_predictions(run_baselines(cohort, fold, ["age"], tmp_path / "a", permutations=1))
     smaller = {**fold, "test": fold["test"][:5], "test_sites": []}
-    second = read_predictions(run_baselines(cohort, smaller, ["age"], tmp_path / "b"))
+    second = read_predictions(
+        run_baselines(cohort, smaller, ["age"], tmp_path / "b", permutations=1)
+    )
     key = ["system", "subject_id"]
     merged = first.merge(second, on=key, suffixes=("_first", "_second"))
     assert len(merged) == 6 * 5
@@ -97,7 +109,9 @@ def test_test_subjects_do_not_change_what_is_fitted(cohort, fold, tmp_path):
 def test_on_noise_no_baseline_beats_the_median(cohort, fold, tmp_path):
     generator = np.random.default_rng(3)
     cohort.participants["age"] = generator.permutation(cohort.participants["age"].to_numpy())
-    found = score_clinical(run_baselines(cohort, fold, ["age"], tmp_path), num_resamples=300)
+    found = score_clinical(
+        run_baselines(cohort, fold, ["age"], tmp_path, permutations=5), num_resamples=300
+    )
     for part in found["age"]["parts"].values():
         for system in (KERNEL_RIDGE, PERMUTED, MOTION):
             assert part["systems"][system]["difference_to_floor_interval"][1] > 0, system
@@ -109,7 +123,7 @@ def test_missing_values_regions_and_motion(cohort, fold, tmp_path):
     del cohort.participants["func_mean_fd"]
     cohort.series(fold["train"][1]).values[:, 4] = 0.0
     cohort.series(fold["test"][1]).values[:, 7] = np.nan
-    rows = read_predictions(run_baselines(cohort, fold, ["age"], tmp_path))
+    rows = read_predictions(run_baselines(cohort, fold, ["age"], tmp_path, permutations=1))
     assert MOTION not in set(rows["system"])
     assert fold["test"][0] not in set(rows["subject_id"])
     assert np.isfinite(rows["y_hat"].astype(float)).all()

@@ -18,8 +18,9 @@ import yaml
 from cortexicon import cli
 from cortexicon.cohorts import build_cohort, load_cohort, make_split, save_cohort
 from cortexicon.evaluation import EvaluationError
+from cortexicon.evaluation.baselines import PERMUTATIONS
 from cortexicon.training.arguments import TrainingError
-from cortexicon.training.benchmark_cell import PERMUTATIONS, filled
+from cortexicon.training.benchmark_cell import filled
 from cortexicon.training.benchmark_controls import control_cohort
 from cortexicon.training.benchmark_scores import cell_rows
 from cortexicon.training.benchmark_suite import read_suite
