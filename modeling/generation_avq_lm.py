@@ -91,7 +91,8 @@ class ConstrainedGeneration:
         stream : {"fmri", "fc"}
         attention_mask : int64, shape (batch, sequence), optional
         **kwargs
-            Of `generate`, such as do_sample, temperature, or further inputs of a scan.
+            Of `generate`, such as do_sample, temperature, or further inputs of a scan. Unless
+            `top_k` is given, a code is drawn from all of its block, not from the 50 likeliest.
 
         Returns
         -------
@@ -109,6 +110,8 @@ class ConstrainedGeneration:
         if not bool(((last == marker) | (last == config.sep_token_id)).all()):
             input_ids = torch.cat([input_ids, torch.full_like(input_ids[:, :1], marker)], 1)
             attention_mask = torch.cat([attention_mask, attention_mask[:, -1:]], 1)
+        if kwargs.get("do_sample"):
+            kwargs.setdefault("top_k", 0)
         found = self.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -46,7 +46,12 @@ from .lm_stages import descriptions_of, next_code_scores, text_perplexity
 from .stages import wordings_of
 
 #: What each sentence of `describe_scan` that connectivity decides is about.
-SENTENCES = ("networks that rise together", "networks that go their own ways", "tightest network")
+SENTENCES = (
+    "how closely regions are coupled",
+    "networks that rise together",
+    "networks that go their own ways",
+    "tightest network",
+)
 _FEWEST = 5  # people of whom a sentence is true
 _LENGTH = 128  # tokens of a sequence of text
 

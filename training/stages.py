@@ -226,8 +226,9 @@ def describe_scan(values: np.ndarray, networks: Sequence[str]) -> list[str]:
     Returns
     -------
     list of str
-        Which pair of networks rises together most, which least, which network holds together
-        most, and how restless the signal was (DVARS: of the whole brain, frame to frame).
+        How closely regions are coupled (mean correlation below 0.2, above 0.25, or between), which
+        pair of networks rises together most, which least, which network holds together most, and
+        how restless the signal was (DVARS: of the whole brain, frame to frame).
 
     Raises
     ------
@@ -255,7 +256,10 @@ def describe_scan(values: np.ndarray, networks: Sequence[str]) -> list[str]:
         for other in known[place + 1 :]:
             between[one, other] = float(correlation[np.ix_(names == one, names == other)].mean())
     together, apart = max(between, key=between.__getitem__), min(between, key=between.__getitem__)
+    mean = float(correlation[np.triu_indices(len(correlation), 1)].mean())
+    coupled = "loosely" if mean < 0.2 else "closely" if mean > 0.25 else "moderately"
     sentences = [
+        f"Regions are {coupled} coupled throughout the brain.",
         f"The {_plain(together[0])} and {_plain(together[1])} networks rise and fall together.",
         f"The {_plain(apart[0])} and {_plain(apart[1])} networks go their own ways.",
     ]

@@ -61,6 +61,18 @@ def test_only_codes_of_the_stream_are_written_and_they_decode(make_avq_lm, two_s
     assert torch.equal(once, again)
 
 
+def test_every_code_can_be_drawn_unless_top_k_is_asked_for(make_avq_lm, two_streams, monkeypatch):
+    model = make_avq_lm(streams=2)
+    inputs = two_streams(text=["A scan of a young person."])
+    given = []
+    real = model.generate
+    monkeypatch.setattr(model, "generate", lambda **kw: given.append(kw) or real(**kw))
+    model.generate_codes(**inputs, do_sample=True)
+    model.generate_codes(**inputs, do_sample=True, top_k=3)
+    model.generate_codes(**inputs, do_sample=False)
+    assert [options.get("top_k") for options in given] == [0, 3, None]
+
+
 def test_scores_of_options_are_their_log_probabilities(make_avq_lm, two_streams, scan):
     model = make_avq_lm(streams=2)
     options = answer_ids(two_streams, ["4", "42", "control"])

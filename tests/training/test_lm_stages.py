@@ -11,7 +11,7 @@ from cortexicon.modeling import AVQLMForConditionalGeneration
 from cortexicon.tokenization import AVQProcessor
 from cortexicon.training import TrainingError, lm
 from cortexicon.training.lm_stages import SideLosses, text_perplexity
-from cortexicon.training.stages import code_loss, without_summary
+from cortexicon.training.stages import IGNORED, code_loss, without_summary
 
 from .conftest import lm_values, write_yaml
 
@@ -105,7 +105,8 @@ def test_side_losses_are_those_of_whole_rows(first_stage):
     more = [rng.integers(0, 16, 4) for _ in range(3)]
     values = {f"{name}_weight": weight for name, weight in (("code", 1.0), ("masked", 0.5))}
     values |= {"description_weight": 2.0, "text_weight": 0.0, "fmri_input": "codes", "seed": 0}
-    arguments = SimpleNamespace(**values, batch_size=3, text_length=16)
+    values |= {"batch_size": 3, "text_batch_size": 0, "text_length": 16, "text_first_share": 0.5}
+    arguments = SimpleNamespace(**values)
     told = [["The visual network rests.", "It does."]] * 3
     side = SideLosses(arguments, processor, lambda scan, rng: codes[scan], more, told)
     with torch.no_grad():
@@ -117,3 +118,23 @@ def test_side_losses_are_those_of_whole_rows(first_stage):
             logits = model(**rows, **without_summary(model)).logits
             wanted += weight * code_loss(logits, labels)
     assert float(found) == pytest.approx(float(wanted), rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_text_comes_first_in_the_share_asked_for_and_has_rows_of_its_own(first_stage, share):
+    folder = first_stage[0]
+    processor = AVQProcessor.from_pretrained(folder / "one")
+    told = ["The visual network rests.", "The limbic network rises."]
+    values = {"text_batch_size": 2, "text_first_share": share, "batch_size": 5, "seed": 0}
+    values |= {"code_weight": 0.0, "masked_weight": 0.0, "fmri_input": "codes", "text_files": []}
+    arguments = SimpleNamespace(**values, description_weight=1.0, text_weight=1.0, **TEXT)
+    more = [np.arange(4)] * 3
+    side = SideLosses(arguments, processor, lambda *_: np.zeros((0, 0), int), more, [told] * 3)
+    rng = np.random.default_rng(0)
+    assert side._rows("text", np.arange(3), rng)["input_ids"].shape == (2, TEXT["text_length"])
+    for _ in range(8):
+        rows = side._rows("description", np.arange(3), rng)
+        # What comes second is predicted: codes where text comes first, words where it does not.
+        predicted = rows["labels"][rows["labels"] != IGNORED]
+        is_code = predicted >= processor.tokenizer.fmri_offset
+        assert bool(is_code.any()) == bool(share)

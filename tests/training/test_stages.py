@@ -117,10 +117,15 @@ def test_descriptions_come_from_the_scan_and_tell_nothing_of_the_person(run):
     series = np.stack([wave, wave, wave, wave, -wave, -wave], 1) + 0.1 * noise
     names = ["Visual", "Visual", "DorsalAttention", "DorsalAttention", "Default", "Default"]
     found = describe_scan(series, names)
-    assert found[0] == "The dorsal attention and visual networks rise and fall together."
-    assert "default" in found[1]
-    assert "slow" in found[3]
-    assert "fast" in describe_scan(noise, names)[3]
+    # Seven of fifteen pairs of regions in step, eight against each other.
+    assert found[0] == "Regions are loosely coupled throughout the brain."
+    assert found[1] == "The dorsal attention and visual networks rise and fall together."
+    assert "default" in found[2]
+    assert "slow" in found[4]
+    assert "fast" in describe_scan(noise, names)[4]
+    for weight, coupled in ((1.5, "closely"), (0.54, "moderately"), (0.2, "loosely")):
+        common = weight * rng.normal(size=(4000, 1)) + rng.normal(size=(4000, 6))
+        assert describe_scan(common, names)[0].split()[2] == coupled
     with pytest.raises(TrainingError, match="two networks"):
         describe_scan(noise, ["Visual"] * 6)
     with pytest.raises(TrainingError, match="each of 6 regions"):
