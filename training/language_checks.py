@@ -214,10 +214,11 @@ def written_scans(
     -------
     list of dict
         For each kind of sentence: `kind`, `sentences` (two), `people` (of whom each is true),
-        `correlation` over connections of the difference between the two written means with that
-        between the two groups of people (above 0: each mean is nearer to the asked group's), and
-        `halves`, the same for the differences between halves of what was written after one
-        sentence: what noise alone would give.
+        `position` of the two written means on the line between the two groups' means (1 at the
+        asked group's, 0 at the other's; above 0.5: nearer to the asked group's), `correlation`
+        over connections of the difference between the two written means with that between the
+        groups', and `halves`, the same for the differences between halves of what was written
+        after one sentence: what noise alone would give.
 
     Raises
     ------
@@ -252,11 +253,16 @@ def written_scans(
         wanted = (real[0] - real[1])[None]
         drawn = [written[0].mean(0) - written[1].mean(0)]
         drawn += [part[::2].mean(0) - part[1::2].mean(0) for part in written]
+        along = wanted[0] / np.square(wanted).sum()
+        place = [
+            float((part.mean(0) - other) @ (sign * along))
+            for part, other, sign in zip(written, real[::-1], (1, -1), strict=True)
+        ]
         near = [float(correlation_by_scan(part[None], wanted)[0]) for part in drawn]
         rows.append(
             {
                 **{"kind": name, "sentences": pair, "people": [having[text] for text in pair]},
-                **{"correlation": near[0], "halves": near[1:]},
+                **{"position": place, "correlation": near[0], "halves": near[1:]},
             }
         )
     return rows
@@ -326,7 +332,11 @@ def main(argv: list[str]) -> int:
         )
     for row in found.get("written", ()):
         noise = ", ".join(f"{value:+.3f}" for value in row["halves"])
-        print(f"written, {row['kind']}: {row['correlation']:+.3f} (halves: {noise})")
+        places = ", ".join(f"{value:.2f}" for value in row["position"])
+        print(
+            f"written, {row['kind']}: {row['correlation']:+.3f} (halves: {noise}), between the "
+            f"other group's mean and the asked one's at {places}"
+        )
     return 0
 
 

@@ -75,10 +75,13 @@ def test_scans_of_the_people_asked_for_are_near_them_and_noise_is_not(
     assert right
     for row in right:
         assert row["correlation"] > 0.5
+        assert all(0.5 < place < 1.5 for place in row["position"])
         assert row["sentences"][0] != row["sentences"][1]
     monkeypatch.setattr(loaded.model, "generate_codes", lambda *_, **__: codes)
     same = language_checks.written_scans(loaded, cohort, people)
     assert not any(row["correlation"] > 0 for row in same)
+    # The same after both sentences: as near to one group as it is far from the other.
+    assert all(sum(row["position"]) == pytest.approx(1, abs=1e-3) for row in same)
 
 
 def test_a_model_that_knows_nothing_is_as_good_as_chance_at_codes(two_stream_run, cohort):
