@@ -138,7 +138,7 @@ def _score_part(rows: pd.DataFrame, numeric: bool, num_resamples: int, seed: int
     if often:
         from .benchmark_scores import score_draws  # it is built on this module
 
-        systems |= score_draws(everything, often, numeric, num_resamples)
+        systems |= score_draws(everything, sorted(often), numeric, num_resamples)
     key, sign = ("mae", 1.0) if numeric else ("auc", -1.0)
     order = [
         (sign * scores[key] if np.isfinite(scores.get(key, np.nan)) else np.inf, name)
