@@ -50,6 +50,7 @@ MOTION_COLUMNS = ("func_mean_fd", "mean_fd", "framewise_displacement")
 PENALTIES = np.logspace(-3, 3, 13)
 SVM_PENALTIES = (0.01, 0.1, 1.0, 10.0)
 INNER_FOLDS = 5
+#: Draws of the permuted labels.
 PERMUTATIONS = 20
 PREDICTED_PARTS = ("test", "test_sites")
 

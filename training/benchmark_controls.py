@@ -78,9 +78,8 @@ def control_cohort(
         donors: dict[str, str] = {}
         for group in (people.index[recommended], people.index[~recommended]):
             order = generator.permutation(group.to_numpy())
-            donors |= dict(
-                zip(order, np.roll(order, 1), strict=True)
-            )  # none of two keeps their own
+            # Two people or more: nobody keeps their own.
+            donors |= dict(zip(order, np.roll(order, 1), strict=True))
         columns = [name for name in OF_SCAN if name in people]
         people.loc[list(donors), columns] = people.loc[list(donors.values()), columns].to_numpy()
         scans = {name: scans[donor] for name, donor in donors.items()}

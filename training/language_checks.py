@@ -74,7 +74,7 @@ def text_scores(
     files : sequence of Path
         UTF-8 texts that neither was trained on.
     seen : sequence of Path
-        Texts that they were trained on: paragraphs of theirs are left out of `files`.
+        Texts that they were trained on: lines of theirs are left out of `files`.
     most : int
         Sequences read of each file, from its start.
 

@@ -326,7 +326,8 @@ def test_the_cells_of_the_repository_can_be_read(repository):
 def test_an_error_is_published_without_folders_and_without_people(tmp_path):
     fold = {"train": ["sub-1", "sub-12"], "validation": ["7"], "test": ["sub-2"]}
     split = Split("hash", [fold], "a").save(tmp_path / "split.json")
-    text = "sub-12, sub-2: no file /srv/a b, (/tmp/x/y.json) in runs/ablations/z, step 70 or 7."
+    told = f"no file {tmp_path}/a b, ({tmp_path}/x/y.json) in runs/ablations/z"
+    text = f"sub-12, sub-2: {told}, step 70 or 7."
     assert ablation_cell.publishable(text, str(split)) == (
         "SUBJECT, SUBJECT: no file a b, (y.json) in runs/ablations/z, step 70 or SUBJECT."
     )
